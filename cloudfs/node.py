@@ -1,0 +1,180 @@
+"""Nodes: what stands in the tree, without any file system library.
+
+A node is made on look-up and thrown away at will; what it *is* lies in its `identity`, which the inode
+table turns into one inode for as long as the kernel knows it. Nodes hold (instance, identity), never a
+Process: an open file holds its process until it is released.
+
+All methods may raise any EngineError or OSError; `operations` turns them into an errno.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+from engine.errors import InvalidArgumentError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What stat(2) tells of a node; the inode number is the table's."""
+
+    mode: int
+    """Type and permission bits."""
+    size: int = 0
+    uid: int | None = None
+    """None: the mounting user."""
+    gid: int | None = None
+    mtime_ns: int | None = None
+    """None: the time of the mount."""
+    nlink: int = 1
+    blocks: int | None = None
+    """In units of 512; None: what `size` needs."""
+
+
+class Node(ABC):
+    """Anything with a name."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def identity(self) -> Hashable:
+        """What makes this node itself: equal identities are one inode. Of a process: instance, generation,
+        pid and start time, so that a reused PID is another file.
+        """
+
+    @abstractmethod
+    def attributes(self) -> Attributes:
+        """What stat(2) shows."""
+
+    @property
+    def may_block(self) -> bool:
+        """Whether listing, look-up, opening or attributes may wait; they run in a thread then."""
+        return False
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for which the kernel may believe name and attributes."""
+        return 1.0
+
+
+class Directory(Node):
+    """A node with children."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """Names and nodes, in a stable order."""
+
+    def child(self, name: str) -> Node | None:
+        """The child of that name or None; overridden wherever a look-up need not list."""
+        for found, node in self.children():
+            if found == name:
+                return node
+        return None
+
+    def remove_child(self, name: str) -> None:
+        """rmdir(2) of a child. PermissionError unless the directory is one of instances."""
+        raise PermissionError(f"{name} cannot be removed: only instances can")
+
+    def attributes(self) -> Attributes:
+        """See `Node.attributes`."""
+        return Attributes(st.S_IFDIR | 0o555)
+
+
+class Link(Node):
+    """A symbolic link."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def target(self) -> str | bytes:
+        """What readlink(2) gives."""
+
+    def attributes(self) -> Attributes:
+        """See `Node.attributes`."""
+        return Attributes(st.S_IFLNK | 0o777)
+
+
+class File(Node):
+    """A regular file."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def open(self, flags: int) -> OpenFile:
+        """Open it; `flags` are open(2)'s. The boundary has already refused what the mode forbids."""
+
+
+class OpenFile(ABC):
+    """An open file: one for every open(2), released once."""
+
+    direct_io: bool = True
+    """Live bytes: the kernel keeps none of them."""
+    keep_cache: bool = False
+    """Immutable bytes: the kernel may keep them over closing and opening."""
+
+    @property
+    def may_block(self) -> bool:
+        """Whether `read` and `write` may wait for something; they run in a thread then."""
+        return False
+
+    @abstractmethod
+    def read(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview:
+        """At most `size` bytes from `offset`; fewer mean end of file or a hole behind them.
+
+        `scratch` (at least `size` bytes) may be filled and a slice of it returned: it is valid until the
+        reply is sent.
+        """
+
+    def read_nowait(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview | None:
+        """Like `read`, but None where it might have to wait: then `read` is called in a thread."""
+        return None if self.may_block else self.read(offset, size, scratch)
+
+    def write(self, offset: int, data: bytes) -> int:
+        """Store bytes, give the count."""
+        raise UnsupportedError("this file cannot be written")
+
+    def flush(self) -> None:
+        """close(2) of one of its descriptors; an error is the one that close(2) gives."""
+
+    def release(self) -> None:
+        """The last descriptor is closed."""
+
+
+class TextLink(Link):
+    """A link with a fixed text."""
+
+    __slots__ = ("_identity", "_text")
+
+    def __init__(self, identity: Hashable, text: str) -> None:
+        self._identity = identity
+        self._text = text
+
+    @property
+    def identity(self) -> Hashable:
+        """See `Node.identity`."""
+        return self._identity
+
+    def target(self) -> str | bytes:
+        """See `Link.target`."""
+        return self._text
+
+
+NAME_MAX = 255
+
+
+def check_name(name: str) -> bytes:
+    """The bytes of a file name. Raises InvalidArgumentError where no file can be called so."""
+    raw = os.fsencode(name)
+    if not 0 < len(raw) <= NAME_MAX or b"/" in raw or b"\0" in raw or raw in (b".", b".."):
+        raise InvalidArgumentError(f"no file can be called {name!r}")
+    return raw
+
+
+NodeFactory = Callable[[], Node]

@@ -1,0 +1,203 @@
+"""OS layers: what an operating system makes of memory — processes, modules, kernel objects.
+
+To add an OS layer:
+
+1. Write `engine/oslayers/NAME.py` (or a package) with a subclass of `OsLayer`; `open` gets a `Base`
+   (memory and hints, never a connector) and raises NotRecognisedError with a reason where it is not its OS.
+2. Subclass `Process` (and `Module`): `info`, `memory`, `regions`, `modules`. What cannot be known is None.
+3. Offer what else there is as capabilities: small abstract classes below, or your own.
+4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.oslayers`.
+5. Run `engine.testing.check_oslayer` on it; the suite in `tests/engine` picks it up from the registry.
+
+Freshness has one owner: where `Base.live` is true nothing read outlives the operation that read it; the
+lists of processes are kept for a second by `Instance`, not here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self, TypeVar
+
+from engine.errors import NotFoundError
+from engine.memory import Memory
+from engine.types import (
+    ExportInfo,
+    ImportInfo,
+    ModuleInfo,
+    OsInfo,
+    ProcessInfo,
+    Region,
+    SectionInfo,
+    TargetHints,
+    ThreadInfo,
+)
+
+C = TypeVar("C")
+Options = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What an OS layer stands on: memory and hints, or, for a layer without a connector, a target."""
+
+    memory: Memory | None = None
+    hints: TargetHints = field(default_factory=TargetHints)
+    target: str = ""
+    writable: bool = False
+    live: bool = False
+
+
+class Capable(ABC):
+    """Something that may offer more than its class says; a capability is asked for by its abstract class."""
+
+    def capability(self, kind: type[C]) -> C | None:
+        """The object that does `kind` here, or None where this target cannot; never reads memory."""
+        return self if isinstance(self, kind) else None
+
+
+class Module(ABC):
+    """An image in an address space: an executable, a library, a kernel module."""
+
+    @property
+    @abstractmethod
+    def info(self) -> ModuleInfo:
+        """Name, path, base, size, architecture, build-id."""
+
+    @property
+    @abstractmethod
+    def memory(self) -> Memory | None:
+        """The module's bytes, addressed from its base; None where its address is not known."""
+
+    def sections(self) -> Iterator[SectionInfo]:
+        """Its sections (where a section table is at hand) or loaded segments."""
+        return iter(())
+
+    def exports(self) -> Iterator[ExportInfo]:
+        """The symbols it offers to others."""
+        return iter(())
+
+    def imports(self) -> Iterator[ImportInfo]:
+        """The symbols it takes from others."""
+        return iter(())
+
+
+class Process(Capable):
+    """One process. It may end at any moment: every method may raise ProcessExitedError then."""
+
+    @property
+    @abstractmethod
+    def info(self) -> ProcessInfo:
+        """The record of the process as it is now (live) or was (dump)."""
+
+    @property
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Its virtual memory; offset = address."""
+
+    @abstractmethod
+    def regions(self) -> Iterator[Region]:
+        """Its mapped ranges, ascending."""
+
+    def modules(self) -> Iterator[Module]:
+        """The images mapped into it, the executable first."""
+        return iter(())
+
+    def threads(self) -> Iterator[ThreadInfo]:
+        """Its threads, ascending by id."""
+        return iter(())
+
+    def close(self) -> None:
+        """Give back what this object holds of the host (descriptors); it may be used again after."""
+
+
+class OsLayer(Capable):
+    """An operating system: its processes, its modules, its memory."""
+
+    kind: ClassVar[str]
+    """The plugin's name."""
+    needs_memory: ClassVar[bool] = True
+    """False for a layer that stands on nothing, as `native`."""
+    options_help: ClassVar[Mapping[str, str]] = {}
+    """Option key → one line of help; other keys are refused before `open` is called."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, base: Base, options: Options) -> Self:
+        """Recognise the OS. Raises NotRecognisedError with the reason where it is another one."""
+
+    @property
+    @abstractmethod
+    def info(self) -> OsInfo:
+        """Kind, version, architecture, page size, what was skipped."""
+
+    @property
+    def physical_memory(self) -> Memory | None:
+        """Physical memory where there is any to be seen."""
+        return None
+
+    @property
+    def kernel_memory(self) -> Memory | None:
+        """Kernel virtual memory where there is any to be seen."""
+        return None
+
+    @abstractmethod
+    def pids(self) -> list[int]:
+        """The PIDs there are, ascending: the cheapest listing."""
+
+    @abstractmethod
+    def process(self, pid: int) -> Process:
+        """The process with that PID. Raises ProcessExitedError where there is none."""
+
+    def processes(self) -> Iterator[Process]:
+        """All processes, ascending by PID; those that end meanwhile are left out."""
+        for pid in self.pids():
+            try:
+                process = self.process(pid)
+            except NotFoundError:
+                continue
+            yield process
+
+    def modules(self) -> Iterator[Module]:
+        """The kernel's modules (drivers)."""
+        return iter(())
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop what it holds; readers that still hold a Process or Memory keep what they have."""
+
+
+# -- capabilities: small, each for one kind of fact ------------------------------------------------
+
+
+class ProcFiles(ABC):
+    """Of a Process: its files in the format of Linux's /proc/PID, byte for byte (proc(5))."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Which files there are: maps cmdline environ comm stat status …"""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The whole of one file. Raises AccessDeniedError, ProcessExitedError."""
+
+    @abstractmethod
+    def link(self, name: str) -> str:
+        """The text of one link: exe, cwd, root, fd/N. Raises NotFoundError, AccessDeniedError."""
+
+    @abstractmethod
+    def descriptors(self) -> list[int]:
+        """The numbers of its open descriptors, ascending."""
+
+    @abstractmethod
+    def thread(self, tid: int) -> ProcFiles:
+        """The same files of one of its threads (/proc/PID/task/TID)."""
+
+
+class HostOwned(ABC):
+    """Of a Process: which user and group its files belong to on this host, as /proc shows them."""
+
+    @abstractmethod
+    def owner(self) -> tuple[int, int]:
+        """Numeric uid and gid of /proc/PID. Raises ProcessExitedError."""

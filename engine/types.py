@@ -1,0 +1,198 @@
+"""The records of the engine: frozen, without I/O, told apart by type and never by Boolean flags."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ADDRESS_SPACE = 1 << 64
+"""Exclusive bound of every 64-bit address space."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Extent:
+    """A half-open range of addresses: `start`, `size` bytes, `stop` exclusive."""
+
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """First address behind the extent; 2^64 for the one that ends with the last byte."""
+        return self.start + self.size
+
+    def __contains__(self, address: int) -> bool:
+        return self.start <= address < self.start + self.size
+
+
+class Rights(enum.Flag):
+    """What an access may do."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    EXECUTE = 4
+    USER = 8
+    USER_EXECUTE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One mapped range of a process, as a line of /proc/PID/maps tells it (proc_pid_maps(5))."""
+
+    start: int
+    size: int
+    rights: Rights
+    shared: bool = False
+    offset: int = 0
+    device: tuple[int, int] = (0, 0)
+    inode: int = 0
+    path: str = ""
+
+    @property
+    def stop(self) -> int:
+        """First address behind the region."""
+        return self.start + self.size
+
+    @property
+    def permissions(self) -> str:
+        """Four characters as /proc/PID/maps prints them: `rw-p`."""
+        return (
+            ("r" if self.rights & Rights.READ else "-")
+            + ("w" if self.rights & Rights.WRITE else "-")
+            + ("x" if self.rights & Rights.EXECUTE else "-")
+            + ("s" if self.shared else "p")
+        )
+
+    @property
+    def device_text(self) -> str:
+        """`major:minor` in hexadecimal, at least two digits each."""
+        return f"{self.device[0]:02x}:{self.device[1]:02x}"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetHints:
+    """What a source of memory knows of the machine in it; everything may be unknown."""
+
+    architecture: str | None = None
+    dtb: int | None = None
+    kernel_base: int | None = None
+    registers: tuple[Mapping[str, int], ...] = ()
+    vmcoreinfo: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """One process as its OS layer knows it; None is «not known», never a made-up value."""
+
+    pid: int
+    name: str
+    ppid: int | None = None
+    state: str | None = None
+    """One letter as ps(1) prints it: R S D Z T t X I."""
+    uid: int | None = None
+    gid: int | None = None
+    threads: int | None = None
+    start_ticks: int | None = None
+    """Start since boot in the OS's own unit: with `pid` the identity of a process."""
+    start_time: float | None = None
+    """Seconds since 1970 UTC."""
+    command_line: tuple[str, ...] | None = None
+    executable: str | None = None
+    architecture: str | None = None
+    kernel_thread: bool | None = None
+    dtb: int | None = None
+    object: int | None = None
+    """Address of the kernel's record of the process."""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Keys that only some OS layers know: namespaces, cgroup, container, executable_deleted, sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadInfo:
+    """One thread of a process."""
+
+    tid: int
+    name: str
+    state: str | None = None
+    start_ticks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One image (executable, library, kernel module) in an address space."""
+
+    name: str
+    path: str | None
+    base: int | None
+    size: int | None
+    architecture: str | None = None
+    build_id: str | None = None
+    """Hexadecimal, as readelf(1) prints it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SectionInfo:
+    """One section of a module; `base` is an address in the module's address space."""
+
+    name: str
+    base: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """One symbol that a module offers; `offset` counts from the module's base."""
+
+    name: str
+    offset: int
+    size: int | None = None
+    kind: str | None = None
+    """`function`, `object`, `tls`, `ifunc` or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportInfo:
+    """One symbol that a module wants of others."""
+
+    name: str
+    library: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorInfo:
+    """What a connector says of what it has opened."""
+
+    kind: str
+    """The plugin's name."""
+    target: str
+    size: int
+    """First physical address behind all memory."""
+    real_size: int
+    """Bytes of physical memory there really are."""
+    live: bool
+    writable: bool
+    notes: tuple[str, ...] = ()
+    """Sentences for a person: what was guessed, what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class OsInfo:
+    """What an OS layer says of the system it has recognised."""
+
+    kind: str
+    """The plugin's name."""
+    version: str | None = None
+    architecture: str | None = None
+    page_size: int | None = None
+    kernel_base: int | None = None
+    dtb: int | None = None
+    boot_time: float | None = None
+    hostname: str | None = None
+    live: bool = False
+    writable: bool = False
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Entries left out since they could not be read, by kind."""
+    notes: tuple[str, ...] = ()
