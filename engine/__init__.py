@@ -1,0 +1,81 @@
+"""The memory engine: connectors, virtual address translation, OS layers.
+
+The map of the package (every name here is imported on first use):
+
+- `Memory`, `Faults`, `BytesMemory`, `MemoryWindow` (engine.memory): bytes with holes, scalar and column doors.
+- `FileMemory` (engine.file_memory), `MemoryMap`, `MappedMemory` (engine.memory_map): files and remapped memory.
+- `Connector` (engine.connector), `OsLayer`, `Process`, `Module` (engine.oslayer): what plugins subclass.
+- `Machine`, `Instance` (engine.machine): what is open, by name; `open_target` (engine.targets): one call to begin with.
+- `Extent`, `Region`, `Rights` and the info records (engine.types); the errors (engine.errors).
+- `engine.testing`: fakes and contract suites for your own connectors and layers.
+
+    >>> import engine, os
+    >>> with engine.open_target("native") as machine:
+    ...     machine.default_os.layer.process(os.getpid()).info.name
+    'python3'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "engine.errors": (
+        "AccessDeniedError AlreadyExistsError BadDataError ConnectorClosedError EngineError FaultError FaultKind "
+        "InvalidArgumentError NotFoundError NotRecognisedError PagedOutError PluginError ProcessExitedError "
+        "ReadOnlyError ReadOnlyFaultError SourceFaultError TargetBusyError TargetGoneError TargetTimeoutError "
+        "UnsupportedError"
+    ),
+    "engine.types": (
+        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo ProcessInfo Region Rights SectionInfo "
+        "TargetHints ThreadInfo"
+    ),
+    "engine.memory": "BytesMemory Faults Memory MemoryWindow",
+    "engine.file_memory": "FileMemory",
+    "engine.memory_map": "MapRange MappedMemory MemoryMap",
+    "engine.connector": "Connector Target",
+    "engine.oslayer": "Base HostOwned Module OsLayer ProcFiles Process",
+    "engine.machine": "Instance Machine",
+    "engine.targets": "open_target",
+}
+_ROOMS = {name: room for room, names in _WHERE.items() for name in names.split()}
+
+__all__ = sorted(_ROOMS)
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from engine.connector import Connector as Connector
+    from engine.connector import Target as Target
+    from engine.errors import *  # noqa: F403
+    from engine.file_memory import FileMemory as FileMemory
+    from engine.machine import Instance as Instance
+    from engine.machine import Machine as Machine
+    from engine.memory import BytesMemory as BytesMemory
+    from engine.memory import Faults as Faults
+    from engine.memory import Memory as Memory
+    from engine.memory import MemoryWindow as MemoryWindow
+    from engine.memory_map import MappedMemory as MappedMemory
+    from engine.memory_map import MapRange as MapRange
+    from engine.memory_map import MemoryMap as MemoryMap
+    from engine.oslayer import Base as Base
+    from engine.oslayer import HostOwned as HostOwned
+    from engine.oslayer import Module as Module
+    from engine.oslayer import OsLayer as OsLayer
+    from engine.oslayer import Process as Process
+    from engine.oslayer import ProcFiles as ProcFiles
+    from engine.targets import open_target as open_target
+    from engine.types import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOMS.get(name)
+    if room is None:
+        raise AttributeError(f"engine has no {name!r}")
+    value = getattr(importlib.import_module(room), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_ROOMS]

@@ -45,6 +45,10 @@ class FaultError(EngineError):
         self.kind = self.default_kind if kind is None else kind
         self.detail = detail
 
+    def moved(self, delta: int) -> FaultError:
+        """The same fault seen from an address space whose addresses are `delta` higher."""
+        return type(self)(self.address + delta, self.kind, self.detail)
+
     def __str__(self) -> str:
         why = {
             FaultKind.ABSENT: "nothing is mapped there",
@@ -112,7 +116,7 @@ class ReadOnlyError(EngineError):
     code = "read_only"
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else "opened read-only; pass --writable (API: writable=True) to allow writes"
+        return str(self.args[0]) if self.args else "opened read-only; --writable (API: writable=True) allows writes"
 
 
 class InvalidArgumentError(EngineError):

@@ -146,7 +146,7 @@ class Memory(ABC):
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """Fill row i of `out` (uint8[n, k], C-contiguous) with the k bytes at `addresses[i]`."""
-        flat = memoryview(out).cast("B") if out.size else memoryview(bytearray())
+        flat = out.data.cast("B") if out.size else memoryview(b"")
         width = out.shape[1]
         found: list[tuple[int, int, int]] = []
         for row, address in enumerate(addresses.tolist()):
@@ -320,9 +320,6 @@ class MemoryWindow(Memory):
         """As the memory below."""
         return self.memory.may_block
 
-    def _moved(self, error: FaultError) -> FaultError:
-        return type(error)(error.address - self.start, error.kind, error.detail)
-
     def _clip(self, address: int, size: int) -> int:
         """How many of `size` bytes lie inside; raises FaultError where the first does not."""
         if not 0 <= address < self._size:
@@ -337,7 +334,7 @@ class MemoryWindow(Memory):
         try:
             self.memory.readinto(self.start + address, buffer[:count])
         except FaultError as error:
-            raise self._moved(error) from None
+            raise error.moved(-self.start) from None
         if count < len(buffer):
             raise FaultError(self._size)
 
@@ -348,7 +345,7 @@ class MemoryWindow(Memory):
             if not self.memory.readinto_nowait(self.start + address, buffer[:count]):
                 return False
         except FaultError as error:
-            raise self._moved(error) from None
+            raise error.moved(-self.start) from None
         if count < len(buffer):
             raise FaultError(self._size)
         return True
@@ -359,7 +356,7 @@ class MemoryWindow(Memory):
         try:
             self.memory.write(self.start + address, memoryview(data)[:count])
         except FaultError as error:
-            raise self._moved(error) from None
+            raise error.moved(-self.start) from None
         if count < len(data):
             raise FaultError(self._size)
 
@@ -435,7 +432,7 @@ def gather_from(source: Rows, addresses: Addresses, out: Rows) -> Faults:
 class BytesMemory(Memory):
     """Bytes that this program holds, as a memory; writable over a bytearray."""
 
-    def __init__(self, data: Data | Rows, *, writable: bool | None = None) -> None:
+    def __init__(self, data: Data, *, writable: bool | None = None) -> None:
         self._view = memoryview(data).cast("B")
         self._array: Rows = np.frombuffer(self._view, np.uint8) if len(self._view) else np.empty(0, np.uint8)
         self.writable = not self._view.readonly if writable is None else writable

@@ -16,7 +16,7 @@ lists of processes are kept for a second by `Instance`, not here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self, TypeVar
 
@@ -49,7 +49,7 @@ class Base:
     live: bool = False
 
 
-class Capable(ABC):
+class Capable:
     """Something that may offer more than its class says; a capability is asked for by its abstract class."""
 
     def capability(self, kind: type[C]) -> C | None:
@@ -92,6 +92,12 @@ class Process(Capable):
         """The record of the process as it is now (live) or was (dump)."""
 
     @property
+    def identity(self) -> Hashable:
+        """What tells it from another process that gets the same PID."""
+        info = self.info
+        return info.pid, info.start_ticks, info.object
+
+    @property
     @abstractmethod
     def memory(self) -> Memory:
         """Its virtual memory; offset = address."""
@@ -117,6 +123,8 @@ class OsLayer(Capable):
 
     kind: ClassVar[str]
     """The plugin's name."""
+    summary: ClassVar[str] = ""
+    """One line for lists of plugins."""
     needs_memory: ClassVar[bool] = True
     """False for a layer that stands on nothing, as `native`."""
     options_help: ClassVar[Mapping[str, str]] = {}
@@ -176,7 +184,7 @@ class ProcFiles(ABC):
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Which files there are: maps cmdline environ comm stat status …"""
+        """Which files there are: maps, cmdline, environ, comm, stat, status."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:

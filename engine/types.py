@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 ADDRESS_SPACE = 1 << 64
 """Exclusive bound of every 64-bit address space."""
@@ -105,7 +106,7 @@ class ProcessInfo:
     dtb: int | None = None
     object: int | None = None
     """Address of the kernel's record of the process."""
-    extra: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Keys that only some OS layers know: namespaces, cgroup, container, executable_deleted, sources."""
 
 

@@ -1,0 +1,1 @@
+"""What stands in the tree: one room for each kind of directory."""

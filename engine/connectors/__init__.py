@@ -1,0 +1,1 @@
+"""The connectors: sources of physical memory, one file each; none imports another."""

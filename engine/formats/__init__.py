@@ -1,0 +1,1 @@
+"""Parsers of file formats, over a Memory or bytes."""

@@ -1,0 +1,1 @@
+"""The OS layers; none imports another."""

@@ -1,0 +1,1 @@
+"""Public fakes and contracts: what every leaf is measured against."""

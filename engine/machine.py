@@ -1,0 +1,342 @@
+"""Machine: what is open, by name — connectors and OS layers, each standing on another.
+
+    native (OS) ← qemu (connector) ← linux (OS) ← qemu (connector) ← …
+
+`Machine` opens, names and closes; `Instance` is one opened thing with its place in the chain. What stands on
+something is closed before it; what readers still hold lives on until they drop it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from engine import chain, middleware, registry
+from engine.connector import Connector
+from engine.errors import (
+    AlreadyExistsError,
+    ConnectorClosedError,
+    EngineError,
+    InvalidArgumentError,
+    NotFoundError,
+    NotRecognisedError,
+    ProcessExitedError,
+    TargetBusyError,
+)
+from engine.memory import Memory
+from engine.oslayer import Base, OsLayer, Process
+
+Kind = Literal["connector", "oslayer"]
+
+RESERVED_NAMES = frozenset(
+    "auto config images info info.json keyboard log mem modules net new phys_mem proc processes symbols".split()
+)
+"""Names that stand in the tree beside instances."""
+LIST_LIFETIME = 1.0
+"""Seconds for which a list of processes and their records are kept over a live target, as /proc feels."""
+PROCESS_LIMIT = 4096
+"""Processes whose objects an instance keeps."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done through an instance; shown in `info`."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    writes: int = 0
+    bytes_written: int = 0
+    faults: int = 0
+    errors: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One opened connector or OS layer: its name, its place in the chain, what is opened."""
+
+    kind: Kind
+    name: str
+    spec: chain.Spec
+    parent: Instance | None
+    current_layer: OsLayer | None = None
+    current_connector: Connector | None = None
+    memory_view: Memory | None = None
+    """Of a connector: its memory behind the middleware."""
+    live: bool = False
+    writable: bool = False
+    children: list[Instance] = field(default_factory=list)
+    generation: int = 1
+    opened_at: float = field(default_factory=time.time)
+    counters: Counters = field(default_factory=Counters)
+    last_error: str | None = None
+    _processes: OrderedDict[int, tuple[float, Process, Hashable]] = field(default_factory=OrderedDict)
+    _pids: tuple[float, list[int]] = (float("-inf"), [])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def identity(self) -> tuple[str, str, float, int]:
+        """Tells this opening from any other, also of one name and after a reopening."""
+        return self.kind, self.name, self.opened_at, self.generation
+
+    @property
+    def layer(self) -> OsLayer:
+        """The OS layer. Raises ConnectorClosedError after it was removed."""
+        if self.current_layer is None:
+            raise ConnectorClosedError(f"{self.name} was removed")
+        return self.current_layer
+
+    @property
+    def connector(self) -> Connector:
+        """The connector. Raises ConnectorClosedError after it was removed."""
+        if self.current_connector is None:
+            raise ConnectorClosedError(f"{self.name} was removed")
+        return self.current_connector
+
+    @property
+    def memory(self) -> Memory:
+        """Physical memory of a connector. Raises ConnectorClosedError after it was removed."""
+        if self.memory_view is None:
+            raise ConnectorClosedError(f"{self.name} was removed")
+        return self.memory_view
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was removed."""
+        return self.current_layer is None and self.current_connector is None
+
+    def _fresh(self, since: float) -> bool:
+        return not self.live or time.monotonic() - since < LIST_LIFETIME
+
+    def pids(self) -> list[int]:
+        """The PIDs of an OS layer, ascending; over a live target at most a second old."""
+        since, pids = self._pids
+        if not pids or not self._fresh(since):
+            now = time.monotonic()
+            pids = self.layer.pids()
+            self._pids = (now, pids)
+        return pids
+
+    def process(self, pid: int) -> Process:
+        """The process with that PID, for facts; over a live target at most a second old.
+
+        One object for all who ask: its records are shared, so do not close it. To read memory for longer,
+        open one of your own with `layer.process(pid)`.
+        """
+        layer = self.layer
+        with self._lock:
+            known = self._processes.get(pid)
+        if known is not None and self._fresh(known[0]):
+            return known[1]
+        now = time.monotonic()
+        process = layer.process(pid)
+        with self._lock:
+            self._processes[pid] = (now, process, process.identity)
+            self._processes.move_to_end(pid)
+            while len(self._processes) > PROCESS_LIMIT:
+                self._processes.popitem(last=False)
+        return process
+
+    def process_of(self, pid: int, identity: Hashable) -> Process:
+        """The process with that PID, if it is still the one known by `identity`; else ProcessExitedError."""
+        process = self.process(pid)
+        if process.identity != identity:
+            raise ProcessExitedError(pid)
+        return process
+
+    def open_process(self, pid: int, identity: Hashable) -> Process:
+        """A Process object of one's own, for an open file: close it when done."""
+        process = self.layer.process(pid)
+        if process.identity != identity:
+            process.close()
+            raise ProcessExitedError(pid)
+        return process
+
+    def forget(self) -> None:
+        """Drop cached lists: the next question is asked anew."""
+        with self._lock:
+            self._processes.clear()
+        self._pids = (float("-inf"), [])
+
+
+class Machine:
+    """All that is open. Use it as a context manager; not tied to a thread."""
+
+    def __init__(self, *, writable: bool = False) -> None:
+        self.writable = writable
+        self._instances: dict[tuple[Kind, str], Instance] = {}
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def instances(self, kind: Kind) -> list[Instance]:
+        """The instances of a kind, oldest first."""
+        with self._lock:
+            return [instance for (found, _), instance in self._instances.items() if found == kind]
+
+    def find(self, kind: Kind, name: str) -> Instance | None:
+        """The instance of that name, or None."""
+        with self._lock:
+            return self._instances.get((kind, name))
+
+    def get(self, kind: Kind, name: str) -> Instance:
+        """The instance of that name. Raises NotFoundError that says which there are."""
+        instance = self.find(kind, name)
+        if instance is None:
+            word = "connector" if kind == "connector" else "OS"
+            names = ", ".join(i.name for i in self.instances(kind)) or "none"
+            raise NotFoundError(f"no {word} instance is called {name!r}; there are: {names}")
+        return instance
+
+    @property
+    def default_os(self) -> Instance | None:
+        """The oldest OS instance still standing."""
+        return next(iter(self.instances("oslayer")), None)
+
+    def run(self, kind: Kind, line: str) -> Instance:
+        """Carry out one line of `new`."""
+        command = chain.parse_command(line)
+        other: Kind = "oslayer" if kind == "connector" else "connector"
+        parent = None if command.parent is None else self.get(other, command.parent)
+        return self.open(kind, command.spec, name=command.name, parent=parent)
+
+    def open(
+        self, kind: Kind, spec: chain.Spec, *, name: str | None = None, parent: Instance | None = None
+    ) -> Instance:
+        """Open a connector or OS layer, on `parent` where it stands on one.
+
+        Raises AlreadyExistsError, InvalidArgumentError, PluginError, NotRecognisedError or what opening raises.
+        """
+        with self._lock:
+            name = self._free_name(kind, spec.plugin) if name is None else chain.check_name(name)
+            if name in RESERVED_NAMES:
+                raise InvalidArgumentError(f"{name!r} cannot name an instance: it stands in the tree already")
+            if (kind, name) in self._instances:
+                raise AlreadyExistsError(f"there is an instance called {name!r} already")
+            if parent is not None and parent.closed:
+                raise ConnectorClosedError(f"{parent.name} was removed")
+            build = self._open_connector if kind == "connector" else self._open_os
+            instance = build(name, spec, parent)
+            if instance.parent is not None:
+                instance.parent.children.append(instance)
+            self._instances[kind, name] = instance
+            return instance
+
+    def _free_name(self, kind: Kind, plugin: str) -> str:
+        names = [plugin, *(f"{plugin}-{number}" for number in range(2, len(self._instances) + 3))]
+        return next(name for name in names if (kind, name) not in self._instances and name not in RESERVED_NAMES)
+
+    def _open_connector(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+        plugin = registry.load_connector(spec.plugin)
+        check_options(spec, {**plugin.options_help, **middleware.OPTIONS_HELP})
+        if parent is None and plugin.default_parent is not None:
+            parent = self.find("oslayer", plugin.default_parent) or self.open(
+                "oslayer", chain.Spec(plugin.default_parent)
+            )
+        own = {key: value for key, value in spec.options.items() if key not in middleware.OPTIONS_HELP}
+        opened = plugin.open(
+            spec.target, own, parent=None if parent is None else parent.layer, writable=self.writable
+        )
+        try:
+            memory = middleware.wrap(opened.memory, spec.options)
+        except EngineError:
+            opened.close()
+            raise
+        info = opened.info
+        return Instance(
+            "connector", name, spec, parent, None, opened, memory, live=info.live, writable=info.writable
+        )
+
+    def _open_os(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+        if spec.plugin == registry.AUTO:
+            return self._recognise(name, spec, parent)
+        plugin = registry.load_oslayer(spec.plugin)
+        check_options(spec, plugin.options_help)
+        if plugin.needs_memory and parent is None:
+            raise InvalidArgumentError(f"{spec.plugin} stands on a connector: name one with -c")
+        if not plugin.needs_memory and parent is not None:
+            raise InvalidArgumentError(f"{spec.plugin} stands on no connector: leave -c {parent.name} out")
+        layer = plugin.open(self._base(spec, parent), spec.options)
+        live = layer.info.live
+        return Instance("oslayer", name, spec, parent, layer, live=live, writable=layer.info.writable)
+
+    def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
+        if parent is None:
+            return Base(target=spec.target, writable=self.writable, live=True)
+        hints = parent.connector.hints()
+        return Base(parent.memory, hints, spec.target, parent.writable, parent.live)
+
+    def _recognise(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+        if parent is None:
+            raise InvalidArgumentError("auto stands on a connector: name one with -c")
+        reasons = []
+        for plugin in registry.plugins("oslayer"):
+            if not registry.load_oslayer(plugin.name).needs_memory:
+                continue
+            try:
+                return self._open_os(name, chain.Spec(plugin.name, spec.target, spec.options), parent)
+            except NotRecognisedError as error:
+                reasons.append(f"{plugin.name}: {error}")
+        tried = "; ".join(reasons) or "no OS layer for memory is installed"
+        raise NotRecognisedError(f"no OS was recognised in {parent.name} ({tried})")
+
+    def remove(self, kind: Kind, name: str) -> None:
+        """Close an instance. Raises TargetBusyError naming what stands on it."""
+        with self._lock:
+            instance = self.get(kind, name)
+            if instance.children:
+                names = ", ".join(child.name for child in instance.children)
+                raise TargetBusyError(f"{name} is in use: {names} stands on it; remove that first")
+            del self._instances[kind, name]
+            self._close(instance)
+
+    def _close(self, instance: Instance) -> None:
+        if instance.parent is not None and instance in instance.parent.children:
+            instance.parent.children.remove(instance)
+        layer, connector = instance.current_layer, instance.current_connector
+        instance.current_layer = instance.current_connector = instance.memory_view = None
+        instance.forget()
+        if layer is not None:
+            layer.close()
+        if connector is not None:
+            connector.close()
+
+    def reopen(self, instance: Instance) -> None:
+        """Open an instance's target anew, in place: its generation grows by one, old nodes are gone.
+
+        Raises TargetBusyError where something stands on it, and what opening raises; it stays as it was then.
+        """
+        with self._lock:
+            if instance.children:
+                raise TargetBusyError(f"{instance.name} is in use: {instance.children[0].name} stands on it")
+            build = self._open_connector if instance.kind == "connector" else self._open_os
+            fresh = build(instance.name, instance.spec, instance.parent)
+            old_layer, old_connector = instance.current_layer, instance.current_connector
+            instance.current_layer, instance.current_connector = fresh.current_layer, fresh.current_connector
+            instance.memory_view, instance.live = fresh.memory_view, fresh.live
+            instance.generation += 1
+            instance.forget()
+            for old in (old_layer, old_connector):
+                if old is not None:
+                    old.close()
+
+    def close(self) -> None:
+        """Close everything, the last opened first."""
+        with self._lock:
+            for key in reversed(list(self._instances)):
+                self._close(self._instances.pop(key))
+
+
+def check_options(spec: chain.Spec, known: Mapping[str, str]) -> None:
+    """Refuse options that a plugin does not know. Raises InvalidArgumentError that lists those it does."""
+    for key in spec.options:
+        if key not in known:
+            names = ", ".join(f"{name}=" for name in sorted(known)) or "none"
+            raise InvalidArgumentError(f"{spec.plugin} has no option {key}=; it knows: {names}")

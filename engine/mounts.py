@@ -1,0 +1,72 @@
+"""Which filesystem a device number belongs to: decides what may block and what must not be touched.
+
+Reads /proc/self/mountinfo (proc_pid_mountinfo(5)) and nothing else: a path is never looked at, since
+looking at a path of a filesystem that does not answer hangs.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import re
+from collections.abc import Mapping
+
+
+class Backing(enum.Enum):
+    """How reading a file of a filesystem behaves."""
+
+    MEMORY = "memory"
+    """tmpfs and the like: never waits."""
+    DISK = "disk"
+    """A local disk: waits for what is not in the page cache, and ends."""
+    REMOTE = "remote"
+    """FUSE, network, or unknown: may wait for ever, or for ourselves."""
+
+
+_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs", "rootfs"})
+_DISK = frozenset(
+    "bcachefs btrfs cramfs erofs exfat ext2 ext3 ext4 f2fs hfs hfsplus iso9660 jfs minix msdos nilfs2 ntfs ntfs3 "
+    "overlay reiserfs romfs squashfs ubifs udf ufs vfat xfs zfs".split()
+)
+
+
+def backing_of_type(filesystem: str) -> Backing:
+    """What a filesystem type of mountinfo means; an unknown one is taken for remote."""
+    if filesystem in _MEMORY:
+        return Backing.MEMORY
+    return Backing.DISK if filesystem in _DISK else Backing.REMOTE
+
+
+def filesystems() -> Mapping[tuple[int, int], str]:
+    """(major, minor) → filesystem type of every mount of this process's mount namespace, as it is now."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        text = file.read()
+    found = {}
+    for major, minor, filesystem in re.findall(rb"^\d+ \d+ (\d+):(\d+) .* - (\S+) ", text, re.MULTILINE):
+        found[int(major), int(minor)] = filesystem.decode("ascii", "replace")
+    return found
+
+
+@functools.cache
+def shared_memory_device() -> tuple[int, int]:
+    """The device of memfd, shared anonymous and System V memory: the kernel's own mount, in no mountinfo."""
+    descriptor = os.memfd_create("cloudfs-probe")
+    try:
+        device = os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
+    return os.major(device), os.minor(device)
+
+
+def backing_of_file(descriptor: int) -> Backing:
+    """How reading this open file behaves."""
+    device = os.fstat(descriptor).st_dev
+    key = (os.major(device), os.minor(device))
+    if key == shared_memory_device():
+        return Backing.MEMORY
+    found = filesystems().get(key)
+    if found is not None:
+        return backing_of_type(found)
+    # btrfs gives subvolumes device numbers of their own: known by its path's mount instead.
+    return Backing.DISK if "btrfs" in filesystems().values() else Backing.REMOTE

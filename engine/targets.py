@@ -1,0 +1,132 @@
+"""What a person writes to say what to open: a TARGET, and the words of -c and -o.
+
+    nothing                  this machine
+    memory.raw               an image file, its format recognised by content
+    raw:memory.raw:base=1M   a plugin with target and options
+    -c qemu:web-01 -o linux  a chain, each standing on the one before it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from engine import chain, registry
+from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedError
+from engine.file_memory import open_descriptor
+from engine.machine import Instance, Kind, Machine
+
+Link = tuple[Kind, chain.Spec]
+
+FOREIGN_FORMATS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"EMiL", "a LiME image"),
+    (0, b"AVML", "an AVML image"),
+    (0, b"KDUMP   ", "a kdump image"),
+    (0, b"DISKDUMP", "a diskdump image"),
+    (0, b"makedumpfile", "a flattened kdump image"),
+    (0, b"PAGEDUMP", "a Windows crash dump"),
+    (0, b"PAGEDU64", "a Windows crash dump"),
+    (0, b"MDMP", "a Windows minidump"),
+    (0, b"\x7fELF", "an ELF file"),
+    (0, b"\x1f\x8b", "a gzip file"),
+    (0, b"\xfd7zXZ\0", "an xz file"),
+    (0, b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+    (0, b"PK\x03\x04", "a ZIP file"),
+    (0, b"QFI\xfb", "a qcow2 disk image"),
+)
+"""(offset, bytes, what it is): files whose bytes are not memory as it stands, and that no connector opens yet."""
+
+
+def image_link(path: str) -> Link:
+    """How to open an image file, by its content. Raises NotRecognisedError for what is no plain memory."""
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
+    for offset, magic, what in FOREIGN_FORMATS:
+        if head[offset : offset + len(magic)] == magic:
+            as_is = chain.Spec("raw", path)
+            raise NotRecognisedError(f"{path} is {what}, which no installed connector reads; {as_is} shows its bytes")
+    return "connector", chain.Spec("raw", path)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    del flags  # open(2)'s are chosen there, so that a FIFO cannot make us wait
+    return open_descriptor(path, writable=False)
+
+
+def target_link(target: str) -> Link:
+    """What a TARGET means: a plugin's spec where the word up to its first colon names one, else an image's path."""
+    word = target.split(":", 1)[0]
+    if "://" in target and chain.NAME_PATTERN.fullmatch(word):
+        raise InvalidArgumentError(f"{target}: no installed connector opens URLs")
+    if chain.NAME_PATTERN.fullmatch(word):
+        plugin = registry.find(word)
+        if plugin is not None:
+            return plugin.kind, chain.parse_spec(target)
+    return image_link(target)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of openings; `implied` where its last link, `auto`, was not asked for."""
+
+    links: tuple[Link, ...]
+    implied: bool = False
+
+
+def chain_of(target: str | None, words: Sequence[tuple[Kind, str]] = ()) -> Chain:
+    """The chain that TARGET and the words of -c and -o (in their order) ask for; this machine where nothing is said.
+
+    One that stops at a connector gets the OS layer `auto` last. Raises InvalidArgumentError where two of a
+    kind follow one another.
+    """
+    links = [] if target is None else [target_link(target)]
+    links += [(kind, chain.parse_spec(word)) for kind, word in words]
+    if not links:
+        links = [("oslayer", chain.Spec("native"))]
+    for (kind, spec), (next_kind, next_spec) in pairwise(links):
+        if kind == next_kind:
+            plural = "connectors" if kind == "connector" else "OS layers"
+            raise InvalidArgumentError(f"{spec} and {next_spec} are both {plural}: a chain alternates")
+    if links[-1][0] == "connector":
+        return Chain((*links, ("oslayer", chain.Spec(registry.AUTO))), implied=True)
+    return Chain(tuple(links))
+
+
+def open_chain(machine: Machine, wanted: Chain, *, need_os: bool = True) -> Instance:
+    """Open a chain, each link on the one before it; gives the last instance.
+
+    Without `need_os` memory in which no OS is recognised is no error where `auto` was only implied: the
+    connector is given then, and its `last_error` says why.
+    """
+    parent: Instance | None = None
+    for index, (kind, spec) in enumerate(wanted.links):
+        implied = wanted.implied and index == len(wanted.links) - 1
+        try:
+            parent = machine.open(kind, spec, parent=parent)
+        except NotRecognisedError as error:
+            if parent is None or not implied or need_os:
+                raise
+            parent.last_error = str(error)
+    assert parent is not None, "a chain has at least one link"
+    return parent
+
+
+def open_target(
+    target: str | None = None,
+    words: Sequence[tuple[Kind, str]] = (),
+    *,
+    writable: bool = False,
+    need_os: bool = True,
+) -> Machine:
+    """A Machine with one chain open; see `chain_of` and `open_chain`. Nothing stays open where that fails."""
+    machine = Machine(writable=writable)
+    try:
+        open_chain(machine, chain_of(target, words), need_os=need_os)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
