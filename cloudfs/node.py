@@ -14,6 +14,7 @@ import stat as st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from engine.errors import InvalidArgumentError, UnsupportedError
 
@@ -43,8 +44,9 @@ class Node(ABC):
     @property
     @abstractmethod
     def identity(self) -> Hashable:
-        """What makes this node itself: equal identities are one inode. Of a process: instance, generation,
-        pid and start time, so that a reused PID is another file.
+        """What makes this node itself: equal identities are one inode.
+
+        Of a process: instance, generation, pid and start time, so that a reused PID is another file.
         """
 
     @abstractmethod
@@ -57,9 +59,20 @@ class Node(ABC):
         return False
 
     @property
+    def thread_group(self) -> Hashable:
+        """What is waited for where `may_block`: nodes of one group share a few worker threads, so that a
+        target that hangs holds up nothing but itself. None is a group too.
+        """
+        return None
+
+    @property
     def timeout(self) -> float:
         """Seconds for which the kernel may believe name and attributes."""
         return 1.0
+
+
+_DIRECTORY_ATTRIBUTES = Attributes(st.S_IFDIR | 0o555)
+_LINK_ATTRIBUTES = Attributes(st.S_IFLNK | 0o777)
 
 
 class Directory(Node):
@@ -84,7 +97,7 @@ class Directory(Node):
 
     def attributes(self) -> Attributes:
         """See `Node.attributes`."""
-        return Attributes(st.S_IFDIR | 0o555)
+        return _DIRECTORY_ATTRIBUTES
 
 
 class Link(Node):
@@ -98,7 +111,7 @@ class Link(Node):
 
     def attributes(self) -> Attributes:
         """See `Node.attributes`."""
-        return Attributes(st.S_IFLNK | 0o777)
+        return _LINK_ATTRIBUTES
 
 
 class File(Node):
@@ -106,9 +119,16 @@ class File(Node):
 
     __slots__ = ()
 
+    takes_commands: ClassVar[bool] = False
+    """Lines written to it are commands: O_TRUNC, O_APPEND, truncate(2) and utimensat(2) are accepted and
+    ignored, and every close(2) comes as `OpenFile.flush`. All other files refuse these with EPERM.
+    """
+
     @abstractmethod
     def open(self, flags: int) -> OpenFile:
-        """Open it; `flags` are open(2)'s. The boundary has already refused what the mode forbids."""
+        """Open it; `flags` are open(2)'s. The boundary has already refused to write where the mode has no
+        write bit (EROFS), and what `takes_commands` tells.
+        """
 
 
 class OpenFile(ABC):
@@ -141,7 +161,7 @@ class OpenFile(ABC):
         raise UnsupportedError("this file cannot be written")
 
     def flush(self) -> None:
-        """close(2) of one of its descriptors; an error is the one that close(2) gives."""
+        """close(2) of one of its descriptors, for files that take commands; an error is close(2)'s."""
 
     def release(self) -> None:
         """The last descriptor is closed."""
