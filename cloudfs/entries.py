@@ -2,8 +2,8 @@
 
     @process_entry("limits")
     def limits(process: ProcessContext) -> Node | None:
-        \"""Resource limits, in the format of /proc/PID/limits.\"""
-        ...
+        source = process.capability(ProcFiles)
+        return None if source is None else TextFile(…)
 
 The function is asked at every listing and look-up, so it tests a capability and reads no memory; None hides
 the entry. Its docstring's first line is what the tree's README says of the file. Third parties use the same

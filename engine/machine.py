@@ -24,6 +24,7 @@ from engine.errors import (
     InvalidArgumentError,
     NotFoundError,
     NotRecognisedError,
+    PluginError,
     ProcessExitedError,
     TargetBusyError,
 )
@@ -278,11 +279,11 @@ class Machine:
             raise InvalidArgumentError("auto stands on a connector: name one with -c")
         reasons = []
         for plugin in registry.plugins("oslayer"):
-            if not registry.load_oslayer(plugin.name).needs_memory:
-                continue
             try:
+                if not registry.load_oslayer(plugin.name).needs_memory:
+                    continue
                 return self._open_os(name, chain.Spec(plugin.name, spec.target, spec.options), parent)
-            except NotRecognisedError as error:
+            except (NotRecognisedError, PluginError) as error:
                 reasons.append(f"{plugin.name}: {error}")
         tried = "; ".join(reasons) or "no OS layer for memory is installed"
         raise NotRecognisedError(f"no OS was recognised in {parent.name} ({tried})")

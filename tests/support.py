@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -14,3 +17,20 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("CLOUDFS_TEST_REQUIRE") == "all":
         pytest.fail(f"CLOUDFS_TEST_REQUIRE=all, but {reason}")
     pytest.skip(reason)
+
+
+def as_nobody(code: str, *arguments: str, timeout: float = 20) -> str:
+    """What a Python program prints that runs without rights: as root it becomes uid 65534 once all is imported.
+
+    The packages are imported first, since a checkout may lie where nobody may look.
+    """
+    program = (
+        "import os, sys\nimport engine, engine.targets, engine.file_memory, engine.connectors.raw\n"
+        "import engine.oslayers.native\n"
+        "if os.geteuid() == 0:\n    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n" + textwrap.dedent(code)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

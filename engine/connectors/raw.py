@@ -1,0 +1,125 @@
+"""Connector `raw`: a file whose bytes are physical memory as they stand.
+
+    raw:memory.img                    address 0 is the file's first byte
+    raw:memory.img:base=0x80000000    the file's first byte is that address
+    raw:memory.img:map=memory.toml    ranges with base, length, real_base (see memory_map)
+
+The file may be sparse, may grow and shrink, and may be a block device.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from engine.connector import Connector
+from engine.errors import InvalidArgumentError, NotFoundError
+from engine.file_memory import FileMemory
+from engine.memory import Memory
+from engine.memory_map import MappedMemory, MapRange, MemoryMap
+from engine.middleware import truth
+from engine.numbers import parse_number
+from engine.oslayer import Options, OsLayer
+from engine.types import ConnectorInfo
+
+MAP_FILE_LIMIT = 64 << 20
+_FILE_LIMIT = (1 << 63) - 1
+"""No file has more bytes: off_t is signed."""
+
+
+class BasedMemory(MappedMemory):
+    """A file from `base` on, to wherever the file stops now."""
+
+    def __init__(self, file: FileMemory, base: int) -> None:
+        super().__init__(file, MemoryMap([MapRange(base, _FILE_LIMIT, 0)]))
+        self.base = base
+
+    @property
+    def size(self) -> int:
+        """First address behind the file's last byte."""
+        return self.base + self.source.size
+
+
+class RawConnector(Connector):
+    """A file as physical memory."""
+
+    kind = "raw"
+    summary = "a file whose bytes are physical memory as they stand"
+    options_help = {
+        "base": "physical address of the file's first byte (0)",
+        "map": "a TOML file of ranges: base, length, real_base",
+        "immutable": "yes: nobody changes the file, its pages may be cached and mapped (no)",
+    }
+
+    def __init__(self, file: FileMemory, memory: Memory, memory_map: MemoryMap | None, base: int) -> None:
+        self._file = file
+        self._memory = memory
+        self._memory_map = memory_map
+        self._base = base
+
+    @classmethod
+    def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
+        """Open the file. Raises NotFoundError, InvalidArgumentError, or OSError as open(2) does."""
+        if parent is not None:
+            raise InvalidArgumentError("raw stands on a file of this host, not on an OS layer: leave -c out")
+        if not target:
+            raise InvalidArgumentError("raw wants a file: raw:PATH")
+        if "base" in options and "map" in options:
+            raise InvalidArgumentError("raw: base= and map= exclude each other: a map says every base")
+        base = parse_number(options.get("base", "0"), "base=")
+        immutable = truth("immutable", options.get("immutable", "no"))
+        try:
+            file = FileMemory(target, writable=writable, immutable=immutable)
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {target!r}") from None
+        if not file.size:
+            raise InvalidArgumentError(f"{target} is empty: there is no memory in it")
+        if "map" in options:
+            memory_map = _read_map(options["map"])
+            return cls(file, MappedMemory(file, memory_map), memory_map, 0)
+        return cls(file, BasedMemory(file, base) if base else file, None, base)
+
+    @property
+    def memory(self) -> Memory:
+        """See `Connector.memory`."""
+        return self._memory
+
+    @property
+    def memory_map(self) -> MemoryMap:
+        """See `Connector.memory_map`; without map= as large as the file is now."""
+        return MemoryMap.whole(self._file.size, self._base) if self._memory_map is None else self._memory_map
+
+    @property
+    def info(self) -> ConnectorInfo:
+        """See `Connector.info`."""
+        memory_map = self.memory_map
+        notes = []
+        short = max((r.real_base + r.length for r in memory_map.ranges), default=0) - self._file.size
+        if short > 0:
+            notes.append(f"the file is {short} bytes shorter than its memory map says; what is missing faults")
+        return ConnectorInfo(
+            kind=self.kind,
+            target=self._file.path,
+            size=self._memory.size,
+            real_size=memory_map.real_size,
+            live=not self._file.immutable,
+            writable=self._file.writable,
+            notes=tuple(notes),
+        )
+
+    def close(self) -> None:
+        """See `Connector.close`."""
+        self._file.close()
+
+
+def _read_map(path: str) -> MemoryMap:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAP_FILE_LIMIT + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"map={path}: there is no such file") from None
+    if len(text) > MAP_FILE_LIMIT:
+        raise InvalidArgumentError(f"map={path} is larger than any memory map")
+    try:
+        return MemoryMap.from_toml(text.decode(), path)
+    except UnicodeDecodeError:
+        raise InvalidArgumentError(f"map={path} is not text") from None

@@ -1,0 +1,56 @@
+"""Every registered connector and OS layer holds its contract: the list is the registry's, so none is forgotten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+from engine import registry
+from engine.connector import Connector
+from engine.connectors.dummy import made_bytes
+from engine.oslayer import Base
+from engine.testing import Truth, check_connector, check_oslayer
+from engine.types import Extent
+
+Sample = Callable[[type[Connector], str, bool], tuple[Connector, Truth]]
+
+
+def raw_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """A file of three pages at 0x10000."""
+    data = os.urandom(3 * 4096)
+    path = os.path.join(folder, "image.raw")
+    with open(path, "wb") as file:
+        file.write(data)
+    opened = connector.open(path, {"base": "0x10000"}, parent=None, writable=writable)
+    return opened, Truth(known=[(0x10000, data)], holes=[Extent(0, 0x10000)])
+
+
+def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """Pages 0 to 14 of every 16, with the gap of a PC below 4 GiB."""
+    opened = connector.open("", {"size": "5G", "seed": "9", "holes": "yes"}, parent=None, writable=writable)
+    places = ((0, 15 * 4096), (0x20000 - 10 * 4096, 9 * 4096), (4 << 30, 4096), ((6 << 30) - 4 * 4096, 3 * 4096))
+    known = [(address, made_bytes(address, size, 9)) for address, size in places]
+    return opened, Truth(known, [Extent(15 * 4096, 4096), Extent(3 << 30, 1 << 30), Extent(0x1F000, 4096)])
+
+
+CONNECTORS: dict[str, Sample] = {"raw": raw_sample, "dummy": dummy_sample}
+
+
+@pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])
+@pytest.mark.parametrize("name", [plugin.name for plugin in registry.plugins("connector")])
+def test_every_connector_holds_its_contract(name, writable, tmp_path):
+    assert name in CONNECTORS, f"give the connector {name!r} a sample here"
+    connector, truth = CONNECTORS[name](registry.load_connector(name), str(tmp_path), writable)
+    check_connector(connector, truth)
+
+
+LAYERS: dict[str, Callable[[], Base]] = {"native": lambda: Base(live=True)}
+
+
+@pytest.mark.parametrize("name", [plugin.name for plugin in registry.plugins("oslayer")])
+def test_every_oslayer_holds_its_contract(name):
+    assert name in LAYERS, f"give the OS layer {name!r} a sample here"
+    layer = registry.load_oslayer(name).open(LAYERS[name](), {})
+    check_oslayer(layer, alive=[os.getpid(), 1])
+    layer.close()

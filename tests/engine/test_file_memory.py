@@ -1,0 +1,174 @@
+"""FileMemory: a file as memory, also while it is cut, grown and closed."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from engine.errors import ConnectorClosedError, FaultError, InvalidArgumentError
+from engine.file_memory import FileMemory
+from engine.testing import Truth, check_memory, check_writes
+from engine.types import Extent
+
+DATA = os.urandom(300_000)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def path(request, tmp_path):
+    """The same file on a disk and in memory (tmpfs): they are read by different calls."""
+    if request.param == "disk":
+        name = tmp_path / "image.raw"
+    else:
+        name = f"/dev/shm/cloudfs-test-{os.getpid()}-{os.urandom(4).hex()}"
+    with open(name, "wb") as file:
+        file.write(DATA)
+    yield str(name)
+    os.unlink(name)
+
+
+def test_a_file_holds_the_contract(path):
+    check_memory(lambda: FileMemory(path), Truth(known=[(0, DATA), (299_000, DATA[299_000:])]))
+
+
+def test_a_writable_file_holds_the_contract_of_writing(path):
+    check_writes(FileMemory(path, writable=True), Truth(known=[(0, DATA)]))
+
+
+def test_a_write_never_makes_the_file_grow(path):
+    memory = FileMemory(path, writable=True)
+    with pytest.raises(FaultError) as caught:
+        memory.write(len(DATA) - 2, b"four")
+    assert caught.value.address == len(DATA)
+    assert os.path.getsize(path) == len(DATA)
+    assert memory.read(len(DATA) - 2, 2) == b"fo"
+
+
+def test_a_sparse_file_has_extents_where_its_data_is(tmp_path):
+    name = tmp_path / "sparse"
+    with open(name, "wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 30)
+        file.write(b"x" * 4096)
+    memory = FileMemory(str(name))
+    extents = list(memory.extents())
+    assert extents
+    assert sum(extent.size for extent in extents) < 1 << 20
+    assert any((1 << 30) in extent for extent in extents)
+    assert memory.read((1 << 39) + 5, 10) == bytes(10)
+    assert list(memory.extents(1 << 31)) == []
+
+
+def test_a_file_that_was_cut_faults_at_its_new_end_through_every_door(path):
+    memory = FileMemory(path)
+    out = np.zeros((2, 8), np.uint8)
+    assert not memory.gather(np.array([0, 200_000], np.uint64), out)
+    assert memory.size == len(DATA)
+    os.truncate(path, 100_000)
+    assert memory.size == 100_000
+    for act in (
+        lambda: memory.read(200_000, 8),
+        lambda: memory.u64(200_000),
+        lambda: memory.readinto(200_000, memoryview(bytearray(100_000))),
+    ):
+        with pytest.raises(FaultError) as caught:
+            act()
+        assert caught.value.address == 200_000
+    faults = memory.gather(np.array([0, 200_000, 99_998], np.uint64), out := np.zeros((3, 8), np.uint8))
+    assert faults.rows.tolist() == [1, 2]
+    assert faults.addresses.tolist() == [200_000, 100_000]
+    assert out[0].tobytes() == DATA[:8]
+    assert memory.borrow(200_000, 8) is None
+
+
+def test_a_file_that_grew_is_read_to_its_new_end(path):
+    memory = FileMemory(path)
+    memory.gather(np.array([0], np.uint64), np.zeros((1, 8), np.uint8))
+    with open(path, "ab") as file:
+        file.write(b"grown" * 10_000)
+    assert memory.size == len(DATA) + 50_000
+    assert memory.read(len(DATA), 5) == b"grown"
+    out = np.zeros((1, 5), np.uint8)
+    assert not memory.gather(np.array([len(DATA) + 49_995], np.uint64), out)
+    assert out.tobytes() == b"grown"
+
+
+def test_cut_and_grown_under_four_readers_nobody_sees_a_wrong_byte_or_a_signal(path):
+    memory = FileMemory(path)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def read(seed):
+        generator = np.random.default_rng(seed)
+        while not stop.is_set():
+            address = int(generator.integers(0, len(DATA) - 4096))
+            try:
+                got = memory.read(address, 4096)
+            except FaultError as error:
+                got = DATA[address : address + 4096] if error.address % 4096 == 0 or error.address >= 50_000 else error
+            # behind the cut a grown file holds zeros
+            if not isinstance(got, bytes) or any(a not in (0, b) for a, b in zip(got, DATA[address:], strict=False)):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        os.truncate(path, 50_000)
+        os.truncate(path, len(DATA))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_closed_it_says_so_and_leaves_its_descriptor_to_the_last_reader(path):
+    memory = FileMemory(path)
+    borrowed = memory.borrow(0, 4096)
+    memory.close()
+    memory.close()
+    with pytest.raises(ConnectorClosedError):
+        memory.read(0, 1)
+    if borrowed is not None:
+        assert bytes(borrowed) == DATA[:4096]
+
+
+def test_descriptors_come_back(path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        memory = FileMemory(path)
+        memory.gather(np.array([0], np.uint64), np.zeros((1, 8), np.uint8))
+        memory.close()
+    del memory
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InvalidArgumentError, match="neither a regular file nor a block device"):
+        FileMemory(str(tmp_path / "fifo"))
+    with pytest.raises(InvalidArgumentError, match="neither"):
+        FileMemory("/dev/zero")
+    with pytest.raises(IsADirectoryError):
+        FileMemory(str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        FileMemory(str(tmp_path / "absent"))
+
+
+def test_a_file_of_64_tebibytes_is_read_at_its_far_end(tmp_path):
+    name = f"/dev/shm/cloudfs-test-{os.getpid()}-far"
+    try:
+        with open(name, "wb") as file:
+            file.truncate(1 << 46)
+            file.seek((1 << 46) - 4)
+            file.write(b"last")
+        memory = FileMemory(name)
+        assert memory.read((1 << 46) - 4, 4) == b"last"
+        out = np.zeros((1, 4), np.uint8)
+        assert not memory.gather(np.array([(1 << 46) - 4], np.uint64), out)
+        assert out.tobytes() == b"last"
+        assert len(list(memory.extents())) == 1
+        assert list(memory.extents())[0] == Extent((1 << 46) - 4096, 4096)
+    finally:
+        os.unlink(name)

@@ -1,0 +1,160 @@
+"""The arrows: which room may import which. A name may import whatever its arrows reach, TYPE_CHECKING included.
+
+A new room that is not matched below fails the test: draw its arrow first.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# room (pattern) → the rooms (patterns) its arrows point to; the first pattern that matches counts.
+ARROWS: dict[str, tuple[str, ...]] = {
+    "engine.types": (),
+    "engine.errors": (),
+    "engine.mounts": (),
+    "engine.numbers": ("engine.errors",),
+    "engine.memory": ("engine.types", "engine.errors"),
+    "engine.file_memory": ("engine.memory", "engine.mounts"),
+    "engine.memory_map": ("engine.memory",),
+    "engine.middleware": ("engine.memory",),
+    "engine.formats": (),
+    "engine.formats.elf": ("engine.formats.elf.*",),
+    "engine.formats.*": ("engine.memory", "engine.formats.*"),
+    "engine.oslayer": ("engine.memory_map",),
+    "engine.connector": ("engine.oslayer",),
+    "engine.connectors": (),
+    "engine.connectors.*": (
+        "engine.connector", "engine.file_memory", "engine.formats.*", "engine.middleware", "engine.numbers",
+    ),
+    "engine.oslayers": (),
+    "engine.oslayers.native": ("engine.oslayers.native.*",),
+    "engine.oslayers.native.*": (
+        "engine.oslayer", "engine.formats.*", "engine.mounts", "engine.file_memory", "engine.oslayers.native.*",
+    ),
+    "engine.registry": ("engine.connector", "engine.oslayer"),
+    "engine.chain": ("engine.errors",),
+    "engine.machine": ("engine.registry", "engine.chain", "engine.middleware"),
+    "engine.targets": ("engine.machine", "engine.file_memory"),
+    "engine": ("engine.*",),
+    "engine.testing": ("engine.*",),
+    "engine.testing.*": ("engine.*",),
+    "cloudfs": (),
+    "cloudfs.render": ("engine", "engine.*"),
+    "cloudfs.node": ("engine.errors",),
+    "cloudfs.entries": ("cloudfs.node", "engine", "engine.*"),
+    "cloudfs.nodes": (),
+    "cloudfs.nodes.*": ("cloudfs.entries", "cloudfs.render", "cloudfs.nodes.*"),
+    "cloudfs.errno_table": ("engine.errors",),
+    "cloudfs.inodes": ("cloudfs.node",),
+    "cloudfs.fast_loop": (),
+    "cloudfs.mountpoint": ("engine.errors",),
+    "cloudfs.watchdog": ("cloudfs.mountpoint",),
+    "cloudfs.operations": ("cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog"),
+    "cloudfs.mount": ("cloudfs.operations", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
+    "cloudfs.daemon": ("engine.errors",),
+    "cloudfs.commands": (),
+    "cloudfs.commands.mount": ("cloudfs.mount", "cloudfs.commands.*", "cloudfs.daemon"),
+    "cloudfs.commands.umount": ("cloudfs.mountpoint", "cloudfs.commands.*"),
+    "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
+    "cloudfs.cli": ("cloudfs.commands.*",),
+    "cloudfs.__main__": ("cloudfs.cli",),
+}  # fmt: skip
+FUSE = {"cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop"}
+"""Only these import pyfuse3 and trio: the rest must not pay for them."""
+
+
+def _rooms() -> dict[str, Path]:
+    found = {}
+    for package in ("engine", "cloudfs"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+ROOMS = _rooms()
+
+
+def _arrows(room: str) -> tuple[str, ...]:
+    if room in ARROWS:
+        return ARROWS[room]
+    matches = [pattern for pattern in ARROWS if fnmatch.fnmatchcase(room, pattern)]
+    assert matches, f"draw the arrows of {room} in {Path(__file__).name}"
+    return ARROWS[max(matches, key=len)]
+
+
+def _reach(room: str) -> set[str]:
+    seen: set[str] = set()
+    todo = [room]
+    while todo:
+        for pattern in _arrows(todo.pop()):
+            for other in fnmatch.filter(ROOMS, pattern):
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+    return seen
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are written whole"
+            base = str(node.module)
+            found.update(f"{base}.{alias.name}" if f"{base}.{alias.name}" in ROOMS else base for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_its_arrows_reach(room):
+    ours = {name for name in _imports(ROOMS[room]) if name.split(".")[0] in ("engine", "cloudfs")}
+    wrong = ours - _reach(room) - {room}
+    assert not wrong, f"{room} imports {', '.join(sorted(wrong))} against the arrows"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in FUSE])
+def test_only_the_mount_imports_pyfuse3_and_trio(room):
+    heavy = {name.split(".")[0] for name in _imports(ROOMS[room])} & {"pyfuse3", "trio"}
+    assert not heavy
+
+
+def test_the_engine_knows_no_file_system():
+    for room, path in ROOMS.items():
+        if room.startswith("engine"):
+            assert not any(name.startswith("cloudfs") for name in _imports(path)), room
+
+
+def test_leaves_do_not_import_one_another():
+    for room, path in ROOMS.items():
+        parts = room.split(".")
+        if len(parts) >= 3 and parts[1] in ("connectors", "oslayers"):
+            for name in _imports(path):
+                other = name.split(".")
+                if other[:2] in (["engine", "connectors"], ["engine", "oslayers"]):
+                    assert other[:3] == parts[:3], f"{room} imports the leaf {name}"
+
+
+def test_no_two_rooms_import_each_other():
+    graph = {room: {name for name in _imports(path) if name in ROOMS} - {room} for room, path in ROOMS.items()}
+    graph.pop("engine")  # its imports are for type checkers alone: the names are loaded on first use
+    state: dict[str, int] = {}
+
+    def visit(room: str, way: list[str]) -> None:
+        if state.get(room) == 2 or room not in graph:
+            return
+        assert state.get(room) != 1, f"a circle: {' → '.join([*way[way.index(room) :], room])}"
+        state[room] = 1
+        for other in graph[room]:
+            visit(other, [*way, room])
+        state[room] = 2
+
+    for room in graph:
+        visit(room, [])
