@@ -140,7 +140,8 @@ def _column_pairs(memory: engine.Memory, view: memoryview) -> Iterator[Pair]:
     words = np.frombuffer(view, "<u8")
 
     def index(addresses: Addresses) -> Words:
-        return words[addresses >> np.uint64(3)]
+        found: Words = words[addresses >> np.uint64(3)]
+        return found
 
     for count, goal in ((FEW, at_most(2.0)), (MANY, at_most(1.5))):
         yield _words_pair("numpy index", memory, index, _addresses(count, 0, len(view)), goal)
@@ -190,7 +191,7 @@ def bytes_section(bench: Bench) -> list[Table]:
 def file_section(bench: Bench) -> list[Table]:
     """FileMemory."""
     path = bench.directory / "file"
-    words = [bench.tools.client, "fill", path, str(bench.size), str(SEED), "0"]
+    words = [str(bench.tools.client), "fill", str(path), str(bench.size), str(SEED), "0"]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, timeout=120)
     memory = engine.FileMemory(str(path))
     try:

@@ -24,6 +24,7 @@ from harness.machine import (
     CannotMeasureError,
     Tools,
     build,
+    cloudfs_program,
     describe,
     quietest_cpu,
     require_fuse,
@@ -71,7 +72,8 @@ class Bench:
                 found.append(self._side(label, name, command, yardstick, start))
             else:
                 options = ["--stock-loop"] if name == STOCK else []
-                words = [*(subject.program or _cloudfs_mount()), *options, *subject.words]
+                program = subject.program or [cloudfs_program(), "mount"]
+                words = [*program, *options, *subject.words]
                 found.append(self._side(label, name, words, subject, start))
         return found
 
@@ -219,13 +221,6 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "names": names_section,
     "native": native_section,
 }
-
-
-def _cloudfs_mount() -> list[object]:
-    program = Path(sys.executable).parent / "cloudfs"
-    if not program.exists():
-        raise CannotMeasureError(f"cloudfs is not installed for {sys.executable}: pip install -e . in the clone")
-    return [program, "mount"]
 
 
 def _arguments() -> argparse.Namespace:

@@ -61,6 +61,14 @@ def _compile(compiler: str, source: Path, target: Path, flags: list[str]) -> Non
         raise CannotMeasureError(f"{source.name} cannot be compiled: {reason.strip()}")
 
 
+def cloudfs_program() -> Path:
+    """The `cloudfs` beside this Python."""
+    program = Path(sys.executable).parent / "cloudfs"
+    if not program.exists():
+        raise CannotMeasureError(f"cloudfs is not installed beside {sys.executable}: run pip install -e . with it")
+    return program
+
+
 def require_fuse() -> None:
     """Raise CannotMeasureError where this user cannot mount."""
     if not os.path.exists("/dev/fuse"):
