@@ -178,14 +178,13 @@ class Machine:
         self.close()
 
     def instances(self, kind: Kind) -> list[Instance]:
-        """The instances of a kind, oldest first."""
-        with self._lock:
-            return [instance for (found, _), instance in self._instances.items() if found == kind]
+        """The instances of a kind, oldest first; never waits for one that is being opened."""
+        # Without the lock, which an opening holds for as long as it takes: copying a dict is atomic.
+        return [instance for (found, _), instance in list(self._instances.items()) if found == kind]
 
     def find(self, kind: Kind, name: str) -> Instance | None:
-        """The instance of that name, or None."""
-        with self._lock:
-            return self._instances.get((kind, name))
+        """The instance of that name, or None; never waits for one that is being opened."""
+        return self._instances.get((kind, name))
 
     def get(self, kind: Kind, name: str) -> Instance:
         """The instance of that name. Raises NotFoundError that says which there are."""
