@@ -6,8 +6,9 @@ import inspect
 import subprocess
 import sys
 
-import engine
 import pytest
+
+import engine
 
 FACE = {
     "AccessDeniedError", "AlreadyExistsError", "BadDataError", "Base", "BytesMemory", "Connector",

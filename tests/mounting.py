@@ -1,0 +1,96 @@
+"""A real mount for tests: started as a user would, bounded in time, always cleaned up.
+
+    with mounted("raw:/some/file") as folder: ...
+
+A daemon that hangs on its own mount would hang the test beyond kill -9: a timer aborts the connection then, from
+a process that never looks at the mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import require
+
+START_SECONDS = 15
+
+
+@dataclass
+class Mount:
+    """A running mount."""
+
+    folder: Path
+    daemon: subprocess.Popen[bytes]
+    log: Path
+
+    def errors(self) -> str:
+        """What the daemon has written to standard error and to its log so far."""
+        return self.log.read_text(errors="replace")
+
+
+def is_mounted(folder: Path) -> bool:
+    """Whether something is mounted there, by /proc/self/mountinfo alone."""
+    wanted = str(folder).encode().replace(b" ", b"\\040")
+    return any(line.split(b" ")[4] == wanted for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+
+
+def require_fuse() -> None:
+    """Skip where nothing can be mounted."""
+    require(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse is not open to this user")
+
+
+@contextlib.contextmanager
+def mounted(*arguments: str, limit: float = 90, environment: dict[str, str] | None = None) -> Iterator[Mount]:
+    """`cloudfs mount ARGUMENTS FOLDER` in the foreground; unmounted at the end by SIGTERM, as a service would be."""
+    require_fuse()
+    top = Path(tempfile.mkdtemp(prefix="cloudfs-test-"))
+    folder, log = top / "mount", top / "log"
+    folder.mkdir()
+    with open(log, "wb") as output:
+        daemon = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", "-m", "cloudfs", "mount", *arguments, str(folder)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+
+    def abort() -> None:
+        subprocess.run(["umount", "-f", "-l", str(folder)], capture_output=True, timeout=30, check=False)
+        daemon.kill()
+
+    timer = threading.Timer(limit, abort)
+    timer.start()
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_mounted(folder):
+            assert daemon.poll() is None, f"the mount did not start: {log.read_text(errors='replace')}"
+            assert time.monotonic() < deadline, f"no mount after {START_SECONDS} s: {log.read_text(errors='replace')}"
+            time.sleep(0.02)
+        yield Mount(folder, daemon, log)
+    finally:
+        timed_out = not timer.is_alive()
+        daemon.terminate()
+        try:
+            daemon.wait(15)
+        except subprocess.TimeoutExpired:
+            abort()
+            daemon.wait(15)
+            timed_out = True
+        timer.cancel()
+        left = is_mounted(folder)
+        if left:
+            abort()
+        text = log.read_text(errors="replace")
+        subprocess.run(["rm", "-rf", "--one-file-system", str(top)], timeout=30, check=False)
+    assert not timed_out, f"the mount did not end in time and was aborted: {text}"
+    assert not left, f"the mount was left behind: {text}"
+    assert daemon.returncode == 0, f"the daemon ended with {daemon.returncode}: {text}"
+    assert "Traceback" not in text, text
