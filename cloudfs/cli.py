@@ -1,0 +1,244 @@
+"""The command line: finds the command, runs it, and turns what it raises into one sentence and an exit code.
+
+To add a command, write `cloudfs/commands/NAME.py`; its name is the file's. It needs
+
+    a docstring               whose first line says what the command does
+    EXAMPLES: str             lines for --help
+    configure(parser)         its usage and its options
+    run(arguments) -> int     one of `Exit`
+
+A command is imported when it is used and only then: what is heavy for it costs no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudfs.commands
+from cloudfs.commands._arguments import Exit, Parser, UsageError, add_common_options, parse, split_command
+
+log = logging.getLogger("cloudfs")
+
+TOUR = """\
+cloudfs shows the memory of a machine - this one, a virtual machine, a dump - as files and in tables.
+
+Look at this machine:
+  cloudfs ps                               its processes
+  cloudfs maps {pid:<27} what is mapped into one of them (here: your shell)
+  cloudfs read {pid_address:<27} its memory at an address that maps has shown
+
+Mount it, and use what you have (ls, cat, grep, xxd, gdb):
+  mkdir /tmp/machine
+  cloudfs mount --daemon /tmp/machine      then: cat /tmp/machine/README
+  cloudfs umount /tmp/machine
+
+Look into an image of physical memory:
+  cloudfs info memory.raw                  what it is
+  cloudfs read memory.raw physical 0 4K    its first bytes
+
+`cloudfs --help` lists all commands, `cloudfs COMMAND --help` shows examples of one.
+"""
+
+ABOUT = """
+TARGET (left out: this machine) is an image file, or PLUGIN[:TARGET][:KEY=VALUE,...]; longer chains with
+-c CONNECTOR and -o OSLAYER, in the order in which they stand on one another. -f FILE and -p PID|NAME say
+that a word is a file or a process. Numbers may be written 4096, 0x1000, 4K, 2M.
+
+options of every command: --json  -v, -vv  --log-file FILE  --no-color  --version  -h, --help
+
+exit codes: 0 done, 1 the target failed or was not recognised, 2 wrong usage, 3 no such process, module or
+address space, 4 done but part of it could not be read (standard error says what), 130 interrupted
+
+examples:
+  cloudfs ps                              the processes of this machine
+  cloudfs maps -p sshd                    what is mapped into the only process called sshd
+  cloudfs info memory.raw                 what an image is
+  cloudfs mount --daemon /tmp/machine     this machine as files
+"""
+
+
+def command_names() -> list[str]:
+    """The commands there are: the files of cloudfs/commands, but those that begin with an underscore."""
+    files = (entry for folder in cloudfs.commands.__path__ for entry in Path(folder).glob("[!_]*.py"))
+    return sorted({file.stem for file in files})
+
+
+def load_command(name: str) -> Any:
+    """The module of a command. Raises UsageError where there is none."""
+    names = command_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UsageError(f"there is no command {name!r}{meant}; the commands are {', '.join(names)}")
+    return importlib.import_module(f"cloudfs.commands.{name}")
+
+
+def _parser(name: str, command: Any) -> Parser:
+    parser = Parser(
+        prog=f"cloudfs {name}", description=command.__doc__.strip(), epilog=f"examples:\n{command.EXAMPLES.rstrip()}"
+    )
+    command.configure(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _help() -> str:
+    lines = ["usage: cloudfs COMMAND [OPTIONS] [WORDS]", "", "commands:"]
+    for name in command_names():
+        summary = load_command(name).__doc__.strip().split("\n", 1)[0]
+        lines.append(f"  {name:<10}{summary}")
+    return "\n".join(lines) + "\n" + ABOUT
+
+
+def _version() -> str:
+    from engine import __version__
+
+    return f"cloudfs {__version__}\n"
+
+
+def configure_logging(verbose: int, file: str | None) -> None:
+    """Send the log to standard error or to a file: warnings; with -v what is done; with -vv all, with tracebacks."""
+    handler: logging.Handler
+    if file is None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("cloudfs: %(levelname)s: %(message)s"))
+    else:
+        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(
+        handlers=[handler], level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], force=True
+    )
+    logging.captureWarnings(capture=True)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and give its exit code; never raises."""
+    name: str | None = None
+    try:
+        _prepare_streams()
+        name, rest = split_command(sys.argv[1:] if words is None else words)
+        code = _run(name, rest)
+        _flush()
+    except BaseException as error:  # the one boundary: whatever happened becomes a sentence and a code
+        code = _failed(name, error)
+    return code
+
+
+def _prepare_streams() -> None:
+    """A closed stream swallows what is written; a character that a stream cannot encode is escaped."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the program
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # tests put other objects there
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _run(name: str | None, words: list[str]) -> int:
+    if name == "help":
+        name, words = split_command(words)
+        words.append("--help")
+    if name is None:
+        return _run_alone(words)
+    command = load_command(name)
+    parser = _parser(name, command)
+    arguments = parse(parser, words)
+    if arguments.help or arguments.version:
+        sys.stdout.write(parser.format_help() if arguments.help else _version())
+        return Exit.DONE
+    configure_logging(arguments.verbose, arguments.log_file)
+    log.debug("cloudfs %s %s", name, words)
+    return int(command.run(arguments))
+
+
+def _run_alone(words: list[str]) -> int:
+    parser = Parser(prog="cloudfs")
+    add_common_options(parser)
+    arguments = parse(parser, words)
+    if arguments.words:
+        raise UsageError(f"{arguments.words[0]!r} is no command")
+    tour = TOUR.format(pid=os.getppid(), pid_address=f"{os.getppid()} ADDRESS 256")
+    sys.stdout.write(_version() if arguments.version else _help() if arguments.help else tour)
+    return Exit.DONE
+
+
+def _flush() -> None:
+    from cloudfs.commands._output import writing
+
+    with writing():
+        sys.stdout.flush()
+
+
+# -- what went wrong ---------------------------------------------------------------------------------
+
+
+def exit_code(error: BaseException) -> Exit:
+    """What an error means to the shell."""
+    from cloudfs.commands._opening import AbsentError
+    from engine.errors import InvalidArgumentError, ProcessExitedError
+
+    if isinstance(error, InvalidArgumentError):
+        return Exit.USAGE
+    return Exit.ABSENT if isinstance(error, AbsentError | ProcessExitedError) else Exit.FAILED
+
+
+def sentence(error: BaseException) -> str:
+    """What a person is told of an error, in one sentence."""
+    from cloudfs.commands._output import OutputError
+    from engine.errors import EngineError
+
+    if isinstance(error, EngineError | OutputError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        hint = "; run it as root, or as a user who may" if error.errno in (errno.EACCES, errno.EPERM) else ""
+        return f"{what}{error.strerror}{hint}"
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"this is a fault of cloudfs ({text}); please report it with the log of -vv --log-file FILE"
+
+
+def _failed(name: str | None, error: BaseException) -> int:
+    """Say what went wrong, and give the exit code."""
+    log.debug("cloudfs %s failed", name, exc_info=error)
+    if isinstance(error, KeyboardInterrupt):
+        _drop_output(flush=True)
+        return Exit.INTERRUPTED
+    if isinstance(error, UsageError):  # before anything heavy is imported
+        helpful = f"cloudfs {name} --help" if name in command_names() else "cloudfs --help"
+        _say(name, f"{error}; `{helpful}` shows how it is written")
+        return Exit.USAGE
+    from cloudfs.commands._output import OutputError, ReaderGoneError
+
+    _drop_output(flush=not isinstance(error, OutputError))
+    if isinstance(error, ReaderGoneError):
+        return Exit.DONE
+    _say(name, sentence(error))
+    return exit_code(error)
+
+
+def _say(name: str | None, text: str) -> None:
+    from cloudfs.commands._output import Output
+
+    with contextlib.suppress(OSError, ValueError):  # nobody may be listening
+        Output(name or "", no_color="--no-color" in sys.argv).say(text)
+        sys.stderr.flush()
+
+
+def _drop_output(*, flush: bool) -> None:
+    """Make sure that what is left for standard output disturbs nobody when Python flushes it at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        if flush:
+            sys.stdout.flush()
+            return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

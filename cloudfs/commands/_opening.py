@@ -1,0 +1,146 @@
+"""From the words of a command to what is opened: the chain, its OS layer, a process, an address space."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from cloudfs.commands._arguments import Shape, UsageError, Words, assign, is_pid
+from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError
+from engine.machine import Instance, Machine
+from engine.oslayer import OsLayer, Process
+from engine.targets import Chain, chain_of, open_chain
+from engine.types import ProcessInfo
+
+COMM_LIMIT = 15
+"""Linux keeps so many bytes of a process's name: TASK_COMM_LEN of include/linux/sched.h, less the NUL."""
+LISTED_PIDS = 20
+
+
+class AbsentError(NotFoundError):
+    """There is no such process, module or address space in a target that was opened."""
+
+
+Need = Literal["os", "connector", "any"]
+"""What a command needs of a chain: an OS layer, the connector alone, or both where there are both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An opened chain: its last instance, and what stands below."""
+
+    machine: Machine
+    chain: Chain
+    instance: Instance
+
+    @property
+    def name(self) -> str:
+        """The chain as a person names it."""
+        links = self.chain.links[:-1] if self.chain.implied else self.chain.links
+        if len(links) == 1 and links[0][1].plugin == "native":
+            return "this machine"
+        return " ← ".join(str(spec) for _, spec in links)
+
+    @property
+    def layer(self) -> OsLayer:
+        """The OS layer. Raises NotRecognisedError where none recognised the memory."""
+        if self.instance.kind != "oslayer":
+            raise NotRecognisedError(self.instance.last_error or f"{self.name} has no OS layer")
+        return self.instance.layer
+
+    @property
+    def connector(self) -> Instance | None:
+        """The connector at the top of the chain, below the OS layer if there is one."""
+        return self.instance if self.instance.kind == "connector" else self.instance.parent
+
+
+def words_of(arguments: argparse.Namespace, shape: Shape) -> Words:
+    """What the words of a command mean; see `assign`."""
+    return assign(arguments.words, shape, file=arguments.file, process=arguments.process)
+
+
+@contextmanager
+def opened(
+    arguments: argparse.Namespace,
+    words: Words,
+    *,
+    need: Need = "os",
+    writable: bool = False,
+) -> Iterator[Opened]:
+    """The chain that is asked for, open as long as the context.
+
+    An OS layer that nobody has named is not looked for where the connector is enough, as it may take long.
+    """
+    chain = chain_of(words.target, arguments.chain)
+    if need == "connector" and chain.implied:
+        chain = Chain(chain.links[:-1])
+    with Machine(writable=writable) as machine:
+        yield Opened(machine, chain, open_chain(machine, chain, need_os=need == "os"))
+
+
+@contextmanager
+def process_of(target: Opened, word: str) -> Iterator[Process]:
+    """The process of that number or, where only one has it, that name, as long as the context.
+
+    Raises AbsentError where there is none, UsageError that lists the PIDs where there are several.
+    """
+    process = find_process(target, word)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def process_info(target: Opened, word: str) -> ProcessInfo:
+    """The record of one process; see `process_of`."""
+    with process_of(target, word) as process:
+        return process.info
+
+
+def find_process(target: Opened, word: str) -> Process:
+    """The process of that number or name; the caller closes it. See `process_of`."""
+    layer = target.layer
+    if is_pid(word):
+        return _by_pid(layer, target.name, word)
+    found = list(_named(layer, word))
+    if not found:
+        raise AbsentError(f"no process of {target.name} is called {word!r}; `cloudfs ps` lists them")
+    if len(found) > 1:
+        shown = ", ".join(str(pid) for pid in found[:LISTED_PIDS])
+        more = f" and {len(found) - LISTED_PIDS} more" if len(found) > LISTED_PIDS else ""
+        raise UsageError(f"{len(found)} processes of {target.name} are called {word!r}: name one by PID: {shown}{more}")
+    return _by_pid(layer, target.name, str(found[0]))
+
+
+def _by_pid(layer: OsLayer, name: str, word: str) -> Process:
+    if len(word) > 20:  # longer than 2^64
+        raise AbsentError(f"{name} has no process {word[:20]}…: no PID is that large")
+    try:
+        return layer.process(int(word))
+    except NotFoundError:
+        raise AbsentError(f"{name} has no process {int(word)}; `cloudfs ps` lists them") from None
+
+
+def _named(layer: OsLayer, name: str) -> Iterator[int]:
+    for process in layer.processes():
+        try:
+            info = process.info
+        except (NotFoundError, AccessDeniedError):
+            continue
+        finally:
+            process.close()
+        if is_called(info, name):
+            yield info.pid
+
+
+def is_called(info: ProcessInfo, name: str) -> bool:
+    """Whether a process has that name; one that Linux has cut may be written whole, as its command line has it."""
+    if info.name == name:
+        return True
+    if len(info.name) != COMM_LIMIT or not name.startswith(info.name) or not info.command_line:
+        return False
+    return PurePosixPath(info.command_line[0]).name == name

@@ -1,0 +1,76 @@
+"""Tells what a target is: its source of memory and its operating system; with a PID, all that is known of a process."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
+from cloudfs.commands._opening import Opened, opened, process_of, words_of
+from cloudfs.commands._output import Output
+from cloudfs.render import connector_record, info_text, os_record, process_record
+from engine.errors import AccessDeniedError
+from engine.oslayer import Process
+
+EXAMPLES = """\
+  cloudfs info                          this machine
+  cloudfs info 1                        a process of this machine
+  cloudfs info memory.raw               an image of a machine's memory
+  cloudfs info memory.raw 1             a process in it
+  cloudfs info --json | jq -r .os.version
+"""
+SHAPE = Shape(process="optional")
+
+
+def configure(parser: Parser) -> None:
+    """The words and options of `cloudfs info`."""
+    parser.usage = f"cloudfs info [OPTIONS] {SHAPE}"
+    add_chain_options(parser, process=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the record."""
+    words = words_of(arguments, SHAPE)
+    output = Output("info", json=arguments.json, no_color=arguments.no_color)
+    code = Exit.DONE
+    with opened(arguments, words, need="any" if words.process is None else "os") as target:
+        if words.process is None:
+            record = _target_record(target)
+        else:
+            with process_of(target, words.process) as process:
+                record, problem = _process_record(process)
+            if problem is not None:
+                output.say(f"the maps of process {record['pid']} cannot be read: {problem}")
+                code = Exit.PARTIAL
+    if output.json:
+        output.document(record)
+    else:
+        output.text(info_text(record))
+    return code
+
+
+def _target_record(target: Opened) -> dict[str, Any]:
+    """`connector` and `os`, each None where there is none; `problem` says why there is no OS."""
+    instance, connector = target.instance, target.connector
+    has_os = instance.kind == "oslayer"
+    return {
+        "target": target.name,
+        "connector": None if connector is None else connector_record(connector.connector.info),
+        "os": os_record(instance.layer.info, len(instance.pids())) if has_os else None,
+        "problem": None if has_os else instance.last_error,
+    }
+
+
+def _process_record(process: Process) -> tuple[dict[str, Any], str | None]:
+    """The keys of `ps`, then what is counted in the maps, and why they cannot be read."""
+    record = process_record(process.info)
+    counts: dict[str, int | None] = {"regions": None, "mapped_bytes": None, "modules": None}
+    record.update(counts)
+    try:
+        regions = list(process.regions())
+        record["regions"] = len(regions)
+        record["mapped_bytes"] = sum(region.size for region in regions)
+        record["modules"] = sum(1 for _ in process.modules())
+    except AccessDeniedError as error:
+        return record, str(error)
+    return record, None

@@ -1,0 +1,49 @@
+"""Lists the images (executables, libraries, drivers) in a process, or, without a PID, in the kernel."""
+
+from __future__ import annotations
+
+import argparse
+
+from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
+from cloudfs.commands._opening import opened, process_of, words_of
+from cloudfs.commands._output import Output
+from cloudfs.render import Column, module_record
+
+EXAMPLES = """\
+  cloudfs modules                       the kernel modules of this machine
+  cloudfs modules 1                     executable and libraries of a process
+  cloudfs modules -p sshd --json        by name, where only one process is called so
+  cloudfs modules memory.raw 1          in an image of a machine's memory
+"""
+SHAPE = Shape(process="optional")
+COLUMNS = (
+    Column("base", "BASE", right=True),
+    Column("size", "SIZE", right=True),
+    Column("architecture", "ARCHITECTURE"),
+    Column("build_id", "BUILD-ID"),
+    Column("name", "NAME"),
+    Column("path", "PATH"),
+)
+
+
+def configure(parser: Parser) -> None:
+    """The words and options of `cloudfs modules`."""
+    parser.usage = f"cloudfs modules [OPTIONS] {SHAPE}"
+    add_chain_options(parser, process=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the modules."""
+    words = words_of(arguments, SHAPE)
+    output = Output("modules", json=arguments.json, no_color=arguments.no_color)
+    with opened(arguments, words) as target:
+        if words.process is None:
+            rows = [module_record(module.info) for module in target.layer.modules()]
+        else:
+            with process_of(target, words.process) as process:
+                rows = [module_record(module.info) for module in process.modules()]
+        if output.json:
+            output.document(rows)
+        else:
+            output.table(rows, COLUMNS)
+    return Exit.DONE
