@@ -73,6 +73,12 @@ class MountOptions:
     """Nodes above which the kernel is asked to forget those it used least recently."""
     extra: tuple[str, ...] = ()
     """Further mount options, of `PASSED_ON`."""
+    uid: int | None = None
+    """Owner of what has no owner of its own; None: the user who mounts."""
+    gid: int | None = None
+    """Its group, likewise."""
+    self_check: bool = False
+    """Check the inode table when the mount ends."""
 
     def words(self) -> set[str]:
         """The options as libfuse takes them. Raises InvalidArgumentError for one that is not known."""
@@ -104,14 +110,17 @@ def mount(
     *,
     ready: Callable[[], object] | None = None,
     counters: Counters | None = None,
-) -> None:
-    """Mount `root` and serve it until it is unmounted, or SIGTERM, SIGINT or SIGHUP comes.
+    activity: Callable[[], object] | None = None,
+) -> signal.Signals | None:
+    """Mount `root` and serve it until it is unmounted, or SIGTERM, SIGINT or SIGHUP comes; gives the signal.
 
-    `ready` is called once, when the mount stands. `counters` may be read by other threads meanwhile.
+    `ready` is called once, when the mount stands. `counters` may be read by other threads meanwhile; `activity` is
+    called by the loop when a request comes after some seconds without any.
     Raises MountError with a sentence where it cannot be mounted, and where the watchdog had to end it.
     """
+    options, counters = options or MountOptions(), counters or Counters()
     try:
-        trio.run(_serve, root, mountpoint, options or MountOptions(), ready, counters or Counters())
+        return trio.run(_serve, root, mountpoint, options, ready, counters, activity)
     except BaseExceptionGroup as group:
         raise _only_error(group) from None
 
@@ -132,17 +141,19 @@ async def _serve(
     options: MountOptions,
     ready: Callable[[], object] | None,
     counters: Counters,
-) -> None:
+    activity: Callable[[], object] | None,
+) -> signal.Signals | None:
     words = options.words()
     check_device()
     where = mountpoints.prepare(path, nonempty=options.nonempty)
     async with contextlib.AsyncExitStack() as stack:
         connection = Connection()
-        watchdog = Watchdog(connection.abort, options.stall_limit)
+        watchdog = Watchdog(connection.abort, options.stall_limit, activity)
+        ending = _Ending()
         operations = TreeOperations(
             root,
             timeout=options.timeout,
-            owner=Owner(),
+            owner=_owner(options),
             counters=counters,
             watchdog=watchdog,
             inode_bound=options.inode_bound,
@@ -155,16 +166,33 @@ async def _serve(
         stack.enter_context(watchdog)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
+        nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
         stack.enter_context(_collector_spared())
         if ready is not None:
             ready()
         await pyfuse3.main(min_tasks=SPARE_TASKS, max_tasks=MAX_TASKS)
+        if options.self_check:
+            operations.inodes.check()
     if watchdog.fired:
         raise MountError(
             f"{where} was unmounted: one request had held up all others for {options.stall_limit:g} s; "
             "the log says where"
         )
+    return ending.signal
+
+
+def _owner(options: MountOptions) -> Owner:
+    owner = Owner()
+    owner.uid = owner.uid if options.uid is None else options.uid
+    owner.gid = owner.gid if options.gid is None else options.gid
+    return owner
+
+
+@dataclass(slots=True)
+class _Ending:
+    """How the mount came to its end."""
+
+    signal: signal.Signals | None = None
 
 
 def check_device() -> None:
@@ -197,12 +225,12 @@ def _signals() -> Iterator[AsyncIterator[int] | None]:
         yield receiver
 
 
-async def _end_on_signal(signals: AsyncIterator[int] | None, scope: trio.CancelScope) -> None:
+async def _end_on_signal(signals: AsyncIterator[int] | None, scope: trio.CancelScope, ending: _Ending) -> None:
     """End the session at a signal; requests that still wait then are given up after a while."""
     if signals is None:
         return
-    number = await anext(signals)
-    log.info("%s: unmounting", signal.Signals(number).name)
+    ending.signal = signal.Signals(await anext(signals))
+    log.info("%s: unmounting", ending.signal.name)
     pyfuse3.terminate()
     scope.deadline = trio.current_time() + GRACE
 

@@ -31,15 +31,19 @@ class Watchdog:
     """Calls `abort` once, in its own thread, when code between `enter` and `leave` takes `limit` seconds.
 
     `entered` and `left` are the stamps. The hot path writes them itself, exactly as `enter` and `leave` do.
+    `activity` is called by that thread with the first stamp after some seconds without any.
     """
 
-    def __init__(self, abort: Callable[[], None], limit: float = 10.0) -> None:
+    def __init__(
+        self, abort: Callable[[], None], limit: float = 10.0, activity: Callable[[], object] | None = None
+    ) -> None:
         self.entered = 0
         self.left = 0
         self.asleep = False
         self.fired = False
         self.limit = limit
         self._abort = abort
+        self._activity = activity
         self._awake = threading.Event()
         self._stop = threading.Event()
         self._watched = 0
@@ -77,6 +81,8 @@ class Watchdog:
         """Let the thread look, after it was `asleep`."""
         self.asleep = False
         self._awake.set()
+        if self._activity is not None:
+            self._activity()
 
     def _run(self) -> None:
         seen = -1
