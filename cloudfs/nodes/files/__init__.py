@@ -1,0 +1,1 @@
+"""Files: memory, text, images of modules, and the files `new`."""

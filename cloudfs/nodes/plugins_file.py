@@ -1,0 +1,61 @@
+"""`plugins`: what is installed, its version, and why a broken one is broken."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+
+from cloudfs import nodes, render
+from cloudfs.nodes.contexts import PluginProblem, TreeContext
+from cloudfs.nodes.files.text import TextFile
+from engine import registry
+
+GROUP = "cloudfs.nodes"
+"""Entry points of packages that add files to the tree."""
+COLUMNS = (
+    render.Column("kind", "KIND"),
+    render.Column("name", "NAME"),
+    render.Column("distribution", "FROM"),
+    render.Column("what", "WHAT"),
+)
+
+log = logging.getLogger(__name__)
+
+
+def load_entries() -> tuple[PluginProblem, ...]:
+    """Import all that registers entries, ours and that of other packages; gives what failed, and why."""
+    for module in nodes.ENTRY_MODULES:
+        importlib.import_module(f"{nodes.__name__}.{module}")
+    from importlib.metadata import entry_points
+
+    problems = []
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            brought_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
+            log.warning("entries of %s (%s) cannot be loaded", entry.name, brought_by, exc_info=True)
+            problems.append(PluginProblem(entry.name, brought_by, f"{type(error).__name__}: {error}"))
+    return tuple(problems)
+
+
+def rows(tree: TreeContext) -> Iterator[dict[str, str]]:
+    """One row for each plugin and for each package whose entries are missing."""
+    for kind in ("connector", "oslayer"):
+        for status in registry.statuses(kind):
+            what = status.summary if status.problem is None else f"broken: {status.problem}"
+            plugin = status.plugin
+            yield {"kind": kind, "name": plugin.name, "distribution": plugin.distribution, "what": what}
+    for problem in tree.problems:
+        what = f"broken: {problem.problem}"
+        yield {"kind": "entries", "name": problem.name, "distribution": problem.distribution, "what": what}
+
+
+def plugins_file(tree: TreeContext) -> TextFile:
+    """The file. Not sized: to say what is broken all plugins are loaded, which takes longer than stat(2) may."""
+
+    def text() -> str:
+        return render.table(rows(tree), COLUMNS, terminal=True)
+
+    return TextFile(tree, "plugins", text, sized=False, may_block=True)

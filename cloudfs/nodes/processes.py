@@ -1,0 +1,135 @@
+"""`processes/`: the processes of an OS by PID, and links to them by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cloudfs.node import Node
+from cloudfs.nodes.contexts import InstanceContext, ProcessContext
+from cloudfs.nodes.directories import ContextDirectory, ContextLink
+from cloudfs.nodes.kept import KEPT
+from cloudfs.nodes.process import ProcessDirectory
+from cloudfs.nodes.procfs import decimal
+from cloudfs.render import file_name
+from engine.errors import EngineError, NotFoundError
+
+_LIKE_A_SUFFIX = re.compile(r"#[0-9]+$").search
+
+
+class ProcessesDirectory(ContextDirectory[InstanceContext]):
+    """The processes of an OS."""
+
+    __slots__ = ()
+
+    def __init__(self, context: InstanceContext) -> None:
+        super().__init__(context, "processes")
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """See `Directory.children`; those that end meanwhile are left out."""
+        instance = self.context.check()
+        yield "by-name", ByNameDirectory(self.context)
+        yield "by-pid-name", ByPidNameDirectory(self.context)
+        for pid in instance.pids():
+            try:
+                node = ProcessDirectory(ProcessContext.of(instance, pid))
+            except EngineError:
+                continue
+            yield str(pid), node
+
+    def child(self, name: str) -> Node | None:
+        """See `Directory.child`."""
+        instance = self.context.check()
+        if name == "by-name":
+            return ByNameDirectory(self.context)
+        if name == "by-pid-name":
+            return ByPidNameDirectory(self.context)
+        pid = decimal(name)
+        if pid is None:
+            return None
+        try:
+            return ProcessDirectory(ProcessContext.of(instance, pid))
+        except NotFoundError:
+            return None
+
+
+def process_names(context: InstanceContext) -> dict[int, str]:
+    """PID → name of all processes, ascending; those of which it cannot be told are left out."""
+    instance = context.check()
+
+    def listed() -> dict[int, str]:
+        names = {}
+        for pid in instance.pids():
+            try:
+                names[pid] = instance.process(pid).info.name
+            except EngineError:
+                continue
+        return names
+
+    return KEPT.get(instance, ("process names", context.key), listed, lambda names: 150 * len(names))
+
+
+class ByNameDirectory(ContextDirectory[InstanceContext]):
+    """Links to processes by name: `NAME`, and of several with one name each is `NAME#PID`."""
+
+    __slots__ = ()
+
+    def __init__(self, context: InstanceContext) -> None:
+        super().__init__(context, "by-name", may_block=context.reads_block)
+
+    def _links(self) -> dict[str, int]:
+        names = process_names(self.context)
+        return KEPT.get(
+            self.context.instance,
+            ("by name", self.context.key),
+            lambda: links_by_name(names),
+            lambda links: 150 * len(links),
+        )
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """See `Directory.children`."""
+        for name, pid in self._links().items():
+            yield name, ContextLink(self.context, name, f"../{pid}")
+
+    def child(self, name: str) -> Node | None:
+        """See `Directory.child`."""
+        pid = self._links().get(name)
+        return None if pid is None else ContextLink(self.context, name, f"../{pid}")
+
+
+def links_by_name(names: dict[int, str]) -> dict[str, int]:
+    """File name → PID; a name that looks as if it had a `#PID` gets one of its own, so that it takes nobody's."""
+    found = [(pid, raw, file_name(raw)) for pid, raw in names.items()]
+    uses: dict[str, int] = {}
+    for _, _, name in found:
+        uses[name] = uses.get(name, 0) + 1
+    return {
+        name if uses[name] == 1 and not _LIKE_A_SUFFIX(name) else file_name(raw, f"#{pid}"): pid
+        for pid, raw, name in found
+    }
+
+
+class ByPidNameDirectory(ContextDirectory[InstanceContext]):
+    """Links to processes as `NAME (PID)`."""
+
+    __slots__ = ()
+
+    def __init__(self, context: InstanceContext) -> None:
+        super().__init__(context, "by-pid-name", may_block=context.reads_block)
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """See `Directory.children`."""
+        for pid, raw in process_names(self.context).items():
+            name = file_name(raw, f" ({pid})")
+            yield name, ContextLink(self.context, name, f"../{pid}")
+
+    def child(self, name: str) -> Node | None:
+        """See `Directory.child`; asks for the one process alone."""
+        pid = decimal(name[name.rfind("(") + 1 : -1])
+        if pid is None:
+            return None
+        try:
+            raw = self.context.check().process(pid).info.name
+        except NotFoundError:
+            return None
+        return ContextLink(self.context, name, f"../{pid}") if name == file_name(raw, f" ({pid})") else None
