@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cloudfs.commands
 from cloudfs.commands._arguments import Exit, Parser, UsageError, add_common_options, parse, split_command
 
 log = logging.getLogger("cloudfs")
@@ -68,8 +67,7 @@ examples:
 
 def command_names() -> list[str]:
     """The commands there are: the files of cloudfs/commands, but those that begin with an underscore."""
-    files = (entry for folder in cloudfs.commands.__path__ for entry in Path(folder).glob("[!_]*.py"))
-    return sorted({file.stem for file in files})
+    return sorted(file.stem for file in Path(__file__).with_name("commands").glob("[!_]*.py"))
 
 
 def load_command(name: str) -> Any:

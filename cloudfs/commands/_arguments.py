@@ -70,13 +70,13 @@ def add_common_options(parser: Parser) -> None:
     parser.set_defaults(chain=[], file=None, process=None)
 
 
-def add_chain_options(parser: Parser, *, process: bool = False) -> None:
+def add_chain_options(parser: Parser, *, process: bool = False, os_option: str = "-o --os") -> None:
     """The options that say what to open, and, with `process`, which process is meant."""
     group = parser.add_argument_group("what to open (nothing said: this machine)")
     group.add_argument("-f", "--file", metavar="FILE", help="TARGET is an image file, whatever it is called")
     if process:
         group.add_argument("-p", "--process", metavar="PID|NAME", help="the process, by number or by its only name")
-    words = {"-c --connector": "a source of memory", "-o --os": "the OS layer on it; -c and -o may alternate"}
+    words = {"-c --connector": "a source of memory", os_option: "the OS layer on it; -c and -o may alternate"}
     for names, text in words.items():
         group.add_argument(*names.split(), action=_Append, dest="chain", default=[], metavar="PLUGIN[:…]", help=text)
 

@@ -13,7 +13,7 @@ from cloudfs.commands._arguments import Shape, UsageError, Words, assign, is_pid
 from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError
 from engine.machine import Instance, Machine
 from engine.oslayer import OsLayer, Process
-from engine.targets import Chain, chain_of, open_chain
+from engine.targets import Chain, Link, chain_of, open_chain
 from engine.types import ProcessInfo
 
 COMM_LIMIT = 15
@@ -38,12 +38,16 @@ class Opened:
     instance: Instance
 
     @property
+    def asked(self) -> tuple[Link, ...]:
+        """The links that were asked for."""
+        return self.chain.links[:-1] if self.chain.implied else self.chain.links
+
+    @property
     def name(self) -> str:
         """The chain as a person names it."""
-        links = self.chain.links[:-1] if self.chain.implied else self.chain.links
-        if len(links) == 1 and links[0][1].plugin == "native":
+        if len(self.asked) == 1 and self.asked[0][1].plugin == "native":
             return "this machine"
-        return " ← ".join(str(spec) for _, spec in links)
+        return " ← ".join(str(spec) for _, spec in self.asked)
 
     @property
     def layer(self) -> OsLayer:

@@ -1,0 +1,33 @@
+"""Unmounts what `cloudfs mount` has mounted, also where its daemon is dead."""
+
+from __future__ import annotations
+
+import argparse
+
+from cloudfs.commands._arguments import Exit, Parser, UsageError
+from cloudfs.commands._output import Output
+from cloudfs.mountpoint import unmount
+
+EXAMPLES = """\
+  cloudfs umount /tmp/machine
+  cloudfs umount --force /tmp/machine   while files of it are open, or when it hangs
+"""
+
+
+def configure(parser: Parser) -> None:
+    """The words and options of `cloudfs umount`."""
+    parser.usage = "cloudfs umount [OPTIONS] MOUNTPOINT"
+    parser.add_argument(
+        "--force", action="store_true", help="end it for everyone: whoever waits for the mount gets an error"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Unmount."""
+    if len(arguments.words) != 1:
+        raise UsageError("want one MOUNTPOINT")
+    unmount(arguments.words[0], force=arguments.force)
+    output = Output("umount", json=arguments.json, no_color=arguments.no_color)
+    if output.json:
+        output.document({"mountpoint": arguments.words[0], "unmounted": True})
+    return Exit.DONE
