@@ -183,9 +183,9 @@ def _flush() -> None:
 def exit_code(error: BaseException) -> Exit:
     """What an error means to the shell."""
     from cloudfs.commands._opening import AbsentError
-    from engine.errors import InvalidArgumentError, ProcessExitedError
+    from engine.errors import InvalidArgumentError, ProcessExitedError, UnusableTargetError
 
-    if isinstance(error, InvalidArgumentError):
+    if isinstance(error, InvalidArgumentError) and not isinstance(error, UnusableTargetError):
         return Exit.USAGE
     return Exit.ABSENT if isinstance(error, AbsentError | ProcessExitedError) else Exit.FAILED
 

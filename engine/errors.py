@@ -125,6 +125,12 @@ class InvalidArgumentError(EngineError):
     code = "invalid_argument"
 
 
+class UnusableTargetError(InvalidArgumentError):
+    """What is to be opened is there, but nothing can be opened in it: an empty file, a pipe."""
+
+    code = "unusable_target"
+
+
 class NotRecognisedError(EngineError):
     """The memory or the file is not of the kind that was tried; the text says why."""
 

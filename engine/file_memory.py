@@ -21,9 +21,9 @@ from engine.errors import (
     ConnectorClosedError,
     FaultError,
     FaultKind,
-    InvalidArgumentError,
     ReadOnlyError,
     SourceFaultError,
+    UnusableTargetError,
 )
 from engine.memory import Addresses, Data, Faults, Memory, Rows, gather_from
 from engine.mounts import Backing, backing_of_file
@@ -48,7 +48,7 @@ class _Descriptor:
 
 
 def open_descriptor(path: str, *, writable: bool) -> int:
-    """Open a regular file or block device. Raises InvalidArgumentError for what is neither, OSError as open(2)."""
+    """Open a regular file or block device. Raises UnusableTargetError for what is neither, OSError as open(2)."""
     # O_NONBLOCK: a FIFO would wait for its other end, before it can be refused.
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
     if os.path.isdir(path):
@@ -57,7 +57,7 @@ def open_descriptor(path: str, *, writable: bool) -> int:
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(descriptor)
-        raise InvalidArgumentError(f"{path} is neither a regular file nor a block device")
+        raise UnusableTargetError(f"{path} is neither a regular file nor a block device")
     return descriptor
 
 
@@ -68,7 +68,7 @@ class FileMemory(Memory):
     """
 
     def __init__(self, path: str, *, writable: bool = False, immutable: bool = False) -> None:
-        """Open the file. Raises InvalidArgumentError where it is no file, OSError as open(2)."""
+        """Open the file. Raises UnusableTargetError where it is no file, OSError as open(2)."""
         self.path = path
         self.writable = writable
         self.immutable = immutable

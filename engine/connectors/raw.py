@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Self
 
 from engine.connector import Connector
-from engine.errors import InvalidArgumentError, NotFoundError
+from engine.errors import InvalidArgumentError, NotFoundError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
@@ -72,7 +72,7 @@ class RawConnector(Connector):
         except FileNotFoundError:
             raise NotFoundError(f"there is no file {target!r}") from None
         if not file.size:
-            raise InvalidArgumentError(f"{target} is empty: there is no memory in it")
+            raise UnusableTargetError(f"{target} is empty: there is no memory in it")
         if "map" in options:
             memory_map = _read_map(options["map"])
             return cls(file, MappedMemory(file, memory_map), memory_map, 0)
