@@ -49,7 +49,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.node": ("engine.errors",),
     "cloudfs.entries": ("cloudfs.node", "engine", "engine.*"),
     "cloudfs.nodes": (),
-    "cloudfs.nodes.*": ("cloudfs.entries", "cloudfs.render", "cloudfs.nodes.*"),
+    "cloudfs.nodes.*": ("cloudfs.entries", "cloudfs.render", "cloudfs.nodes", "cloudfs.nodes.*"),
     "cloudfs.errno_table": ("engine.errors",),
     "cloudfs.inodes": ("cloudfs.node",),
     "cloudfs.fast_loop": (),
