@@ -38,14 +38,18 @@ def backing_of_type(filesystem: str) -> Backing:
     return Backing.DISK if filesystem in _DISK else Backing.REMOTE
 
 
+def parse_mount_table(text: bytes) -> dict[tuple[int, int], str]:
+    """(major, minor) → filesystem type, of the text of a mountinfo file; the kernel escapes spaces in all fields."""
+    found = {}
+    for major, minor, filesystem in re.findall(rb"^\d+ \d+ (\d+):(\d+) .*? - (\S+)", text, re.MULTILINE):
+        found[int(major), int(minor)] = filesystem.decode("ascii", "replace")
+    return found
+
+
 def filesystems() -> Mapping[tuple[int, int], str]:
     """(major, minor) → filesystem type of every mount of this process's mount namespace, as it is now."""
     with open("/proc/self/mountinfo", "rb") as file:
-        text = file.read()
-    found = {}
-    for major, minor, filesystem in re.findall(rb"^\d+ \d+ (\d+):(\d+) .* - (\S+) ", text, re.MULTILINE):
-        found[int(major), int(minor)] = filesystem.decode("ascii", "replace")
-    return found
+        return parse_mount_table(file.read())
 
 
 @functools.cache

@@ -1,0 +1,104 @@
+"""The OS layer `native`: this Linux host, as /proc shows it to this user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from typing import Self
+
+from engine.errors import AccessDeniedError, NotRecognisedError, ProcessExitedError
+from engine.oslayer import Base, Module, Options, OsLayer
+from engine.oslayers.native.process import NativeProcess
+from engine.oslayers.native.procfs import ProcDirectory
+from engine.types import OsInfo
+
+_BOOT_TIME = re.compile(rb"^btime (\d+)$", re.MULTILINE)
+_MOST_PID = 1 << 31
+
+
+def read_boot_time() -> float | None:
+    """Seconds since 1970 UTC at which this machine was started (proc_stat(5), btime), or None."""
+    try:
+        with open("/proc/stat", "rb") as file:
+            found = _BOOT_TIME.search(file.read())
+    except OSError:
+        return None
+    return float(found[1]) if found else None
+
+
+class NativeLayer(OsLayer):
+    """The host itself: its processes and kernel modules. It shows neither physical nor kernel memory."""
+
+    kind = "native"
+    summary = "this Linux host: its processes, through /proc"
+    needs_memory = False
+
+    def __init__(self, *, writable: bool = False) -> None:
+        self._writable = writable
+        # Once: the kernel computes it from a clock that is adjusted, and start times must not wander.
+        self._boot_time = read_boot_time()
+        self._hidden = 0
+
+    @classmethod
+    def open(cls, base: Base, options: Options) -> Self:
+        """See `OsLayer.open`; writable where `base` is."""
+        if not sys.platform.startswith("linux"):
+            system = platform.system() or sys.platform
+            raise NotRecognisedError(f"the OS layer native needs Linux; this is {system}")
+        if not os.path.exists("/proc/self/stat"):
+            raise NotRecognisedError(
+                "the OS layer native needs /proc, and none is mounted; mount -t proc proc /proc"
+            )
+        return cls(writable=base.writable)
+
+    @property
+    def info(self) -> OsInfo:
+        """See `OsLayer.info`; `skipped` counts processes that the last listing could not look at."""
+        host = os.uname()
+        return OsInfo(
+            kind=self.kind,
+            version=host.release,
+            architecture=host.machine,
+            page_size=os.sysconf("SC_PAGE_SIZE"),
+            boot_time=self._boot_time,
+            hostname=host.nodename,
+            live=True,
+            writable=self._writable,
+            skipped={"processes": self._hidden} if self._hidden else {},
+        )
+
+    def pids(self) -> list[int]:
+        """See `OsLayer.pids`."""
+        return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+    def process(self, pid: int) -> NativeProcess:
+        """See `OsLayer.process`. Raises AccessDeniedError where /proc is mounted with hidepid."""
+        if not 0 < pid < _MOST_PID:
+            raise ProcessExitedError(pid)
+        return NativeProcess(ProcDirectory.of_process(pid), self._boot_time, writable=self._writable)
+
+    def processes(self) -> Iterator[NativeProcess]:
+        """See `OsLayer.processes`; those hidden from this user (hidepid) are left out and counted."""
+        hidden = 0
+        for pid in self.pids():
+            with contextlib.suppress(ProcessExitedError):
+                try:
+                    process = self.process(pid)
+                except AccessDeniedError:
+                    hidden += 1
+                    continue
+                yield process
+        self._hidden = hidden
+
+    def modules(self) -> Iterator[Module]:
+        """See `OsLayer.modules`: /proc/modules."""
+        from engine.oslayers.native.modules import kernel_modules
+
+        return kernel_modules()
+
+    def close(self) -> None:
+        """Nothing is held here; processes and their memory stay usable."""

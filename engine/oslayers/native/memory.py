@@ -1,0 +1,272 @@
+"""The memory of a process of this host.
+
+Small reads go by /proc/PID/mem, large ones and columns by process_vm_readv, each after a look at pagemap:
+what that look is for, and the ways that are taken where a page is not there, stand in `transfer`.
+
+What is kept between two reads: the descriptors, which belong to one address space, and for a second whether
+a mapping may have to be waited for. No byte and no mapping is.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from os import pread, preadv
+from typing import TypeVar
+
+import numpy as np
+
+from engine.errors import EngineError, FaultError, ReadOnlyError
+from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
+from engine.oslayers.native import columns, transfer, vectors
+from engine.oslayers.native.descriptors import Descriptors, NoMemoryError, open_descriptors
+from engine.oslayers.native.extents import data_runs
+from engine.oslayers.native.mappings import AddressSpaceGoneError
+from engine.oslayers.native.pagemap import (
+    HELD,
+    LEAST_HELD,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PRESENT,
+    SCAN_PAGES,
+    TOP_BYTE,
+    PageKind,
+)
+from engine.oslayers.native.procfs import ProcDirectory
+from engine.oslayers.native.regions import read_lines
+from engine.oslayers.native.storage import mapped_devices, may_wait
+from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES, WouldWaitError
+from engine.types import ADDRESS_SPACE, Extent
+
+WAIT_AGE = 1.0
+"""Seconds for which `may_block` is believed; longer where looking takes more than a twentieth of it."""
+
+T = TypeVar("T")
+
+_U16 = struct.Struct("<H").unpack
+_U32 = struct.Struct("<I").unpack
+_U64 = struct.Struct("<Q").unpack
+_OFFSET_MASK = PAGE_SIZE - 1
+
+
+class NativeMemory(Memory):
+    """All addresses of one process, 0 to 2^64; those that the process could not use fault.
+
+    Every method raises ProcessExitedError once the process has ended, also if its PID is in use again, and
+    AccessDeniedError where the host does not allow to look. When the process runs another program, the next
+    call is about that one's memory. A kernel thread and a zombie have no memory: every address faults.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, directory: ProcDirectory, *, writable: bool = False) -> None:
+        self._directory = directory
+        self.writable = writable
+        self._files: Descriptors | None = None
+        self._waits = (float("-inf"), False)
+
+    @property
+    def size(self) -> int:
+        """2^64: any address may be asked for."""
+        return ADDRESS_SPACE
+
+    def close(self) -> None:
+        """Drop the descriptors; they are closed when the last reader is done, and opened again on use."""
+        self._files = None
+
+    # -- what may wait ------------------------------------------------------------------------------------
+
+    @property
+    def may_block(self) -> bool:
+        """Whether any of the process's mappings lies on a FUSE or network file system, or on an unknown one.
+
+        False where its mappings cannot be looked at: a read then fails at once.
+        """
+        expires, answer = self._waits
+        began = time.monotonic()
+        if began >= expires:
+            answer = self._look_for_waits()
+            now = time.monotonic()
+            self._waits = (now + max(WAIT_AGE, 20 * (now - began)), answer)
+        return answer
+
+    def _look_for_waits(self) -> bool:
+        try:
+            with open(self._directory.open("maps"), "rb", buffering=0) as maps:
+                devices = mapped_devices(read_lines(maps.fileno()))
+        except (EngineError, OSError):
+            return False
+        return may_wait(devices, lambda: self._directory.read_unchecked("mountinfo"))
+
+    # -- descriptors --------------------------------------------------------------------------------------
+
+    def _descriptors(self) -> Descriptors:
+        files = self._files
+        if files is None:
+            files, keep = open_descriptors(self._directory, writable=self.writable)
+            if keep:
+                self._files = files
+        return files
+
+    def _attempt(self, address: int, action: Callable[[Descriptors], T]) -> T:
+        """Do it; once more where the process has started another program meanwhile."""
+        for _ in range(2):
+            try:
+                return action(self._descriptors())
+            except AddressSpaceGoneError:
+                self._files = None
+            except NoMemoryError:
+                break
+        state = self._directory.stat().state
+        raise FaultError(address, detail=f"process {self._directory.pid} has no memory now (state {state})")
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def _read_held(self, address: int, buffer: memoryview, wanted: PageKind) -> bool:
+        """The usual case in as few calls as possible: every page is there. False where anything is not so."""
+        files, size = self._files, len(buffer)
+        if files is None or not 0 < size <= CHUNK:
+            return False
+        first = address >> PAGE_SHIFT
+        count = (address + size - 1 >> PAGE_SHIFT) - first + 1
+        try:
+            if count >= SCAN_PAGES and files.scanner is not None:
+                start, stop = first << PAGE_SHIFT, first + count << PAGE_SHIFT
+                if not files.scanner.covers(start, stop, wanted.categories):
+                    return False
+            else:
+                top = pread(files.pagemap, count * 8, first * 8)[TOP_BYTE::8]
+                if len(top) != count or top.translate(None, wanted.top_bytes):
+                    return False
+            if size > VECTOR_BYTES and files.vectors:
+                return vectors.read_span(files.pid, address, buffer) == size and files.same()
+            return preadv(files.mem, (buffer,), address) == size
+        except (OSError, OverflowError):
+            return False
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`."""
+        if not self._read_held(address, buffer, HELD):
+            self._attempt(address, lambda files: transfer.read(files, address, buffer))
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`: False also where a page of a file is not present, or is in swap.
+
+        A page of a file may have to be fetched from anywhere; from our own mount it would never come.
+        """
+        if self.may_block:
+            return False
+        if self._read_held(address, buffer, PRESENT):
+            return True
+        try:
+            self._attempt(address, lambda files: transfer.read(files, address, buffer, wait=False))
+        except WouldWaitError:
+            return False
+        return True
+
+    def _short(self, address: int, size: int) -> bytes | None:
+        """`size` bytes inside of one page that is held, or None where it is not that simple."""
+        files = self._files
+        if files is None or (address & _OFFSET_MASK) + size > PAGE_SIZE:
+            return None
+        try:
+            entry = pread(files.pagemap, 8, address >> PAGE_SHIFT << 3)
+            if not entry or entry[TOP_BYTE] < LEAST_HELD:
+                return None
+            data = pread(files.mem, size, address)
+        except (OSError, OverflowError):
+            return None
+        return data if len(data) == size else None
+
+    def read(self, address: int, size: int) -> bytes:
+        """See `Memory.read`."""
+        data = self._short(address, size)
+        return super().read(address, size) if data is None else data
+
+    def u8(self, address: int) -> int:
+        """See `Memory.u8`."""
+        data = self._short(address, 1)
+        return super().u8(address) if data is None else data[0]
+
+    def u16(self, address: int) -> int:
+        """See `Memory.u16`."""
+        data = self._short(address, 2)
+        return super().u16(address) if data is None else int(_U16(data)[0])
+
+    def u32(self, address: int) -> int:
+        """See `Memory.u32`."""
+        data = self._short(address, 4)
+        return super().u32(address) if data is None else int(_U32(data)[0])
+
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        data = self._short(address, 8)
+        return super().u64(address) if data is None else int(_U64(data)[0])
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`."""
+        count, width = out.shape
+        if not count or not width:
+            return NO_FAULTS
+        if width > columns.WIDEST_ROW:
+            return super().gather(addresses, out)
+        addresses = np.ascontiguousarray(addresses, np.uint64)
+        found: columns.Found = []
+        for start in range(0, count, columns.BLOCK_ROWS):
+            stop = start + columns.BLOCK_ROWS
+            at, part = addresses[start:stop], out[start:stop]
+            action = partial(columns.gather, addresses=at, out=part, read=self.readinto)
+            failed = self._attempt(int(at[0]), action)
+            found += [(start + row, address, kind) for row, address, kind in failed]
+        return Faults.of(found)
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`: pages that were written, files whole, shared memory as far as it has data.
+
+        Nothing in the process is touched, and what was never touched costs no time.
+        """
+        stop = ADDRESS_SPACE if stop is None else min(stop, ADDRESS_SPACE)
+        start = max(start, 0)
+        while start < stop:
+            try:
+                files = self._descriptors()
+                for begin, end in data_runs(files, start, stop):
+                    yield Extent(begin, end - begin)
+                    start = end
+                return
+            except NoMemoryError:
+                return
+            except AddressSpaceGoneError:
+                self._files = None
+                self._directory.stat()
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def write(self, address: int, data: Data) -> None:
+        """See `Memory.write`: as a debugger writes, through pages that are read-only to the process."""
+        if not self.writable:
+            raise ReadOnlyError
+        view = memoryview(data).cast("B")
+        self._attempt(address, lambda files: transfer.write(files, address, view))
+
+    def scatter(self, addresses: Addresses, rows: Rows) -> Faults:
+        """See `Memory.scatter`."""
+        if not self.writable:
+            raise ReadOnlyError
+        count, width = rows.shape
+        if not count or not width:
+            return NO_FAULTS
+        if width > columns.WIDEST_ROW:
+            return super().scatter(addresses, rows)
+        addresses = np.ascontiguousarray(addresses, np.uint64)
+        rows = np.ascontiguousarray(rows, np.uint8)
+        found: columns.Found = []
+        for start in range(0, count, columns.BLOCK_ROWS):
+            stop = start + columns.BLOCK_ROWS
+            at, part = addresses[start:stop], rows[start:stop]
+            action = partial(columns.scatter, addresses=at, rows=part, write=self.write)
+            failed = self._attempt(int(at[0]), action)
+            found += [(start + row, address, kind) for row, address, kind in failed]
+        return Faults.of(found)
