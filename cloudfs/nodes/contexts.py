@@ -79,6 +79,13 @@ def _base_memory(instance: Instance) -> Memory | None:
     return None if instance.parent is None else instance.parent.memory_view
 
 
+def check_opening(instance: Instance, opening: Hashable) -> Instance:
+    """The instance, if it is still the one with that identity. Raises ConnectorClosedError else."""
+    if instance.closed or instance.identity != opening:
+        raise ConnectorClosedError(f"{instance.name} was removed or opened anew")
+    return instance
+
+
 @dataclass(frozen=True, slots=True)
 class TreeContext(Context):
     """The tree itself: what is open, and what stays when nodes are made anew."""
@@ -116,18 +123,12 @@ class InstanceContext(Context):
 
     def check(self) -> Instance:
         """The instance. Raises ConnectorClosedError where it was removed, or opened anew since."""
-        if self.instance.closed or self.instance.identity != self.key:
-            raise ConnectorClosedError(f"{self.instance.name} was removed or opened anew")
-        return self.instance
+        return check_opening(self.instance, self.key)
 
     def modules(self) -> dict[str, Module]:
         """The kernel's modules by file name."""
         instance = self.check()
         return KEPT.get(instance, ("modules", self.key), lambda: _by_name(instance.layer.modules()), _weigh_list)
-
-    def address_space(self) -> Memory | None:
-        """The memory in which the kernel's modules lie."""
-        return self.check().layer.kernel_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +139,26 @@ class ProcessContext(Context):
     pid: int
     identity: Hashable
     """`Process.identity`."""
+    opening: Hashable
+    """`Instance.identity` as it was."""
 
     @classmethod
     def of(cls, instance: Instance, pid: int) -> ProcessContext:
         """The process that has that PID now. Raises ProcessExitedError."""
-        identity = instance.process(pid).identity
-        return cls(instance, (instance.identity, pid, identity), pid, identity)
+        opening, identity = instance.identity, instance.process(pid).identity
+        return cls(instance, (opening, pid, identity), pid, identity, opening)
+
+    def check(self) -> Instance:
+        """The instance. Raises ConnectorClosedError where it was removed, or opened anew since."""
+        return check_opening(self.instance, self.opening)
 
     def process(self) -> Process:
         """The process, for facts; shared. Raises ProcessExitedError where it has ended."""
-        return self.instance.process_of(self.pid, self.identity)
+        return self.check().process_of(self.pid, self.identity)
 
     def open_process(self) -> Process:
         """A Process of one's own, to be closed. Raises ProcessExitedError where it has ended."""
-        return self.instance.open_process(self.pid, self.identity)
+        return self.check().open_process(self.pid, self.identity)
 
     def capability(self, kind: type[C]) -> C | None:
         """The object that does `kind` for this process, or None; reads no memory."""
@@ -181,10 +188,6 @@ class ProcessContext(Context):
     def modules(self) -> dict[str, Module]:
         """Its modules by file name."""
         return KEPT.get(self.instance, ("modules", self.key), lambda: _by_name(self.process().modules()), _weigh_list)
-
-    def address_space(self) -> Memory | None:
-        """The memory in which its modules lie."""
-        return self.process().memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class Kept:
         """What `make` gives, or gave less than a second ago (ever, where the target is not live)."""
         lifetime = lifetime_of(instance)
         found = self.find(instance, key)
-        if found is not None and found[0] < lifetime:
+        if found is not None and found[0] < lifetime and not instance.closed:
             value: T = found[1]
             return value
         value = make()

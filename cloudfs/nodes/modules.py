@@ -12,6 +12,7 @@ from cloudfs.nodes.files.image import ImageMemory, ImagePlan, image_plan
 from cloudfs.nodes.files.memory import MemoryFile, Opened
 from cloudfs.nodes.files.text import TextFile, info_file, json_file
 from cloudfs.nodes.kept import KEPT
+from cloudfs.nodes.regions import open_range
 from engine.errors import NotFoundError
 from engine.memory import Memory
 from engine.types import SectionInfo
@@ -44,7 +45,11 @@ class ModuleDirectory(EntryDirectory[ModuleContext]):
     __slots__ = ()
 
     def __init__(self, module: ModuleContext) -> None:
-        super().__init__(module, "module", module_entry)
+        super().__init__(module, "module", module_entry, may_block=True)
+
+    def check(self) -> None:
+        """Raise NotFoundError where it is mapped no more."""
+        self.context.module()
 
 
 @module_entry("info")
@@ -66,6 +71,13 @@ def _memory(module: ModuleContext) -> Memory:
     return memory
 
 
+def _open_part(module: ModuleContext, offset: int, size: int) -> Opened:
+    """`size` bytes from `offset` of the module on, for one open file."""
+    if isinstance(module.parent, ProcessContext):
+        return open_range(module.parent, (module.info.base or 0) + offset, size)
+    return Opened(_memory(module), offset, size)
+
+
 def _is_mapped(module: ModuleContext) -> bool:
     return module.info.base is not None and bool(module.info.size)
 
@@ -78,7 +90,7 @@ def mem(module: ModuleContext) -> Node | None:
     return MemoryFile(
         module,
         "mem",
-        lambda: Opened(_memory(module), 0, module.info.size),
+        lambda: _open_part(module, 0, module.info.size or 0),
         whole=False,
         writable=module.instance.writable,
         size=module.info.size,
@@ -88,16 +100,20 @@ def mem(module: ModuleContext) -> Node | None:
 
 @module_entry("image")
 def image(module: ModuleContext) -> Node | None:
-    """Its memory as an ELF file without section headers, for readelf -l, objdump, gdb; holes are zeros."""
+    """Its memory as an ELF file, for readelf -l, objdump, gdb; holes are zeros."""
     if not _is_mapped(module):
         return None
 
+    def make_plan() -> ImagePlan:
+        return image_plan(_memory(module), module.info.base or 0)
+
     def plan() -> ImagePlan:
-        return KEPT.get(module.instance, ("image plan", module.key), lambda: image_plan(_memory(module)))
+        return KEPT.get(module.instance, ("image plan", module.key), make_plan)
 
     def opened() -> Opened:
-        layout = ImageMemory(_memory(module), plan())
-        return Opened(layout, 0, layout.size)
+        part = _open_part(module, 0, module.info.size or 0)
+        layout = ImageMemory(part.memory.window(part.base, part.size or 0), plan())
+        return Opened(layout, 0, layout.size, part.release)
 
     return MemoryFile(
         module,
@@ -178,17 +194,11 @@ class SectionsDirectory(ContextDirectory[ModuleContext]):
 
 def section_file(module: ModuleContext, name: str, section: SectionInfo) -> MemoryFile:
     """The bytes of one section in memory."""
-
-    def opened() -> Opened:
-        space = module.parent.address_space()
-        if space is not None:
-            return Opened(space, section.base, section.size)
-        return Opened(_memory(module), section.base - (module.info.base or 0), section.size)
-
+    offset = section.base - (module.info.base or 0)
     return MemoryFile(
         module,
         f"sections/{name}",
-        opened,
+        lambda: _open_part(module, offset, section.size),
         whole=True,
         writable=module.instance.writable,
         size=section.size,

@@ -88,7 +88,7 @@ def phys_mem(system: InstanceContext) -> Node | None:
 
 @os_entry("mem")
 def mem(system: InstanceContext) -> Node | None:
-    """Kernel virtual memory; offset = address with its top bit cleared (first digit 7, not f)."""
+    """Kernel virtual memory; offset = address without its top bit (7… for f…)."""
     instance = system.check()
     memory = instance.layer.kernel_memory
     if memory is None:

@@ -203,7 +203,7 @@ class ThreadsDirectory(ContextDirectory[ProcessContext]):
     __slots__ = ()
 
     def __init__(self, process: ProcessContext) -> None:
-        super().__init__(process, "task")
+        super().__init__(process, "task", may_block=True)
 
     def _found(self) -> dict[int, ThreadInfo]:
         process = self.context

@@ -45,7 +45,7 @@ KNOW = (
     "  Nothing is written unless cloudfs was started with --writable; a refused write is EROFS.",
     "  grep belongs on regions/: below the whole tree a byte appears again and again.",
     f"  Of size 0, and not empty: {' '.join(UNSIZED)}. tar and rsync store nothing of them.",
-    "  In names %XX stands for a byte no name should hold; one that ends in ~ and a hash was cut (see info).",
+    "  In names %XX is a byte no name should hold; one that ends in ~ and a hash was cut (see info).",
     "  Keep indexers and backups out: .ignore and CACHEDIR.TAG tell those that ask.",
 )
 

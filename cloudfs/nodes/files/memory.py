@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 from cloudfs.node import Attributes, File, OpenFile
 from cloudfs.nodes.contexts import Context, Owner
+from engine.connector import Connector
 from engine.errors import ConnectorClosedError, FaultError, ReadOnlyError
 from engine.machine import Instance
 from engine.memory import Memory
+from engine.oslayer import OsLayer
 
 BORROW_SIZE = 4096
 """Requests at least so large are answered from a mapping where there is one (1.7 us instead of 2.1, of 1 MiB
@@ -39,6 +41,23 @@ class Opened:
     size: int | None = None
     """Bytes of the file; None: as many as the memory has now."""
     release: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What an instance had opened when a file was opened: once that is another thing, the file is dead."""
+
+    instance: Instance
+    layer: OsLayer | None
+    connector: Connector | None
+
+    @classmethod
+    def of(cls, instance: Instance) -> Opening:
+        """As it is now. Raises ConnectorClosedError where it was removed."""
+        layer, connector = instance.current_layer, instance.current_connector
+        if layer is None and connector is None:
+            raise ConnectorClosedError(f"{instance.name} was removed")
+        return cls(instance, layer, connector)
 
 
 class MemoryFile(File):
@@ -106,8 +125,8 @@ class MemoryFile(File):
         if flags & (os.O_TRUNC | os.O_APPEND):
             raise PermissionError("memory can be neither truncated nor appended to")
         assert self._context.instance is not None, "memory belongs to an instance"
-        kind = OpenWhole if self._whole else OpenExact
-        file = kind(self._context.instance, self._opener(), writable=writes)
+        opening = Opening.of(self._context.instance)
+        file = (OpenWhole if self._whole else OpenExact)(opening, self._opener(), writable=writes)
         if self._immutable:
             file.direct_io, file.keep_cache = False, True
         return file
@@ -116,10 +135,10 @@ class MemoryFile(File):
 class OpenMemory(OpenFile):
     """An open file over memory: what both kinds of reading share."""
 
-    def __init__(self, instance: Instance, opened: Opened, *, writable: bool) -> None:
-        self._instance = instance
-        self._layer = instance.current_layer
-        self._connector = instance.current_connector
+    def __init__(self, opening: Opening, opened: Opened, *, writable: bool) -> None:
+        self._instance = opening.instance
+        self._layer = opening.layer
+        self._connector = opening.connector
         self._memory = opened.memory
         self._readinto_nowait = opened.memory.readinto_nowait
         self._base = opened.base
@@ -187,8 +206,11 @@ class OpenExact(OpenMemory):
         instance = self._instance
         if instance.current_layer is not self._layer or instance.current_connector is not self._connector:
             self._check()
-        if self._fixed_size is not None:
-            size = min(size, self._room(offset))
+        fixed = self._fixed_size
+        if fixed is not None and fixed - offset < size:
+            size = fixed - offset
+            if size <= 0:
+                return b""
         counters = instance.counters
         address = self._base + offset
         if size >= BORROW_SIZE and self._borrows:
@@ -216,6 +238,8 @@ class OpenExact(OpenMemory):
         self._check()
         if self._fixed_size is not None:
             size = min(size, self._room(offset))
+            if not size:
+                return b""
         address = self._base + offset
         try:
             self._memory.readinto(address, scratch[:size])
