@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -57,6 +58,8 @@ READDIR_BATCH = 256
 """Children whose attributes are asked for in one thread; a readdir reply holds about 200."""
 BUG_PLACES = 1000
 """Places in the code whose bugs are told apart in the log."""
+
+RELEASE = operator.methodcaller("release")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -454,7 +457,7 @@ class TreeOperations(pyfuse3.Operations):
                 raise ReadOnlyError
         if flags & (os.O_TRUNC | os.O_APPEND) and not node.takes_commands:
             raise PermissionError(f"{node.identity!r} can be neither truncated nor appended to")
-        file = await self._call(node, "open", functools.partial(node.open, flags), OpenFile.release)
+        file = await self._call(node, "open", functools.partial(node.open, flags), RELEASE)
         if not isinstance(file, OpenFile):
             raise BrokenNodeError(f"{node.identity!r} opened as {type(file).__name__}, not as an OpenFile")
         self._last_handle += 1

@@ -104,7 +104,7 @@ class Watchdog:
     def _sleep(self, stamp: int) -> None:
         self._awake.clear()
         self.asleep = True
-        if self.entered != stamp:  # between the look and the line above: nobody will wake us
+        if self.entered != stamp or self._stop.is_set():  # meanwhile: nobody will wake us
             self.asleep = False
             return
         self._awake.wait()

@@ -1,7 +1,7 @@
 """A tree that is made up: every kind of node, and nodes with every kind of bug.
 
-`python made_up_tree.py MOUNTPOINT [KEY=VALUE …]` mounts it (keys: those of MountOptions, and `files=N`) and
-prints «ready» when it stands.
+`python made_up_tree.py MOUNTPOINT [KEY=VALUE …]` mounts it (keys: those of MountOptions, `files=N` and
+`backing=FILE`), prints «ready» when it stands, and at SIGUSR1 how many inodes the kernel knows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import logging
 import mmap
 import os
+import signal
 import stat
 import sys
 import threading
@@ -513,7 +514,7 @@ def make_tree(files: int = 10, backing: Path | None = None) -> Folder:
 
 
 def main() -> None:
-    from cloudfs.mount import MountOptions, mount
+    from cloudfs import mount as mounting
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     mountpoint, *words = sys.argv[1:]
@@ -524,8 +525,29 @@ def main() -> None:
         key: value == "yes" if value in ("yes", "no") else float(value) if value[:1].isdigit() else value
         for key, value in given.items()
     }
-    options = MountOptions(**fields)  # type: ignore[arg-type]
-    mount(make_tree(files, backing), mountpoint, options, ready=lambda: print("ready", flush=True))
+    made: list[mounting.TreeOperations] = []
+
+    class Recorded(mounting.TreeOperations):
+        def __init__(self, *arguments: object, **keywords: object) -> None:
+            super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
+            made.append(self)
+
+    def report(number: int, frame: object) -> None:
+        made[0].inodes.check()
+        print("inodes", len(made[0].inodes), flush=True)
+
+    signal.signal(signal.SIGUSR1, report)
+    mounting.TreeOperations = Recorded  # type: ignore[misc]
+    try:
+        mounting.mount(
+            make_tree(files, backing),
+            mountpoint,
+            mounting.MountOptions(**fields),  # type: ignore[arg-type]
+            ready=lambda: print("ready", flush=True),
+        )
+    except mounting.MountError as error:
+        sys.exit(f"error: {error}")
+    made[0].inodes.check()
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def test_enosys_never_leaves_since_the_kernel_would_stop_asking() -> None:
 
 
 def test_a_subclass_without_a_row_has_its_parents() -> None:
-    class Special(NotFoundError):
+    class SpecialError(NotFoundError):
         pass
 
-    assert errno_of(Special("x")) == errno.ENOENT
+    assert errno_of(SpecialError("x")) == errno.ENOENT
 
 
 def test_only_what_nobody_raises_on_purpose_is_a_bug() -> None:
@@ -97,10 +97,9 @@ def test_only_what_nobody_raises_on_purpose_is_a_bug() -> None:
 
 
 def test_a_sentence_is_one_line_that_names_the_file() -> None:
-    try:
+    with pytest.raises(OSError) as caught:
         os.stat("/nonexistent/\n/x")
-    except OSError as error:
-        assert sentence(error) == "/nonexistent/ /x: No such file or directory"
+    assert sentence(caught.value) == "/nonexistent/ /x: No such file or directory"
     assert sentence(NotFoundError("no\nsuch")) == "no such"
     assert sentence(KeyError("x")) == "a bug, KeyError: 'x'"
     assert sentence(RuntimeError()) == "a bug, RuntimeError"

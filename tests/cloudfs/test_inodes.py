@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from made_up_tree import Folder, Text
 
 from cloudfs.inodes import ROOT_INODE, Entry, InodeTable
 from cloudfs.node import BrokenNodeError, Directory, Node
 from engine.errors import NotFoundError
-from made_up_tree import Folder, Text
 
 
 def table_of(bound: int | None = None) -> InodeTable:
@@ -255,12 +254,12 @@ print((used() - before) / len(nodes), used() / 1e6)
 
 
 @pytest.fixture(scope="module")
-def million() -> Iterator[tuple[float, float]]:
+def million() -> tuple[float, float]:
     done = subprocess.run(
         [sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=60, check=True
     )
     per_entry, whole = done.stdout.split()
-    yield float(per_entry), float(whole)
+    return float(per_entry), float(whole)
 
 
 def test_an_entry_takes_about_200_bytes_beside_its_node(million: tuple[float, float]) -> None:
