@@ -55,7 +55,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.fast_loop": (),
     "cloudfs.mountpoint": ("engine.errors",),
     "cloudfs.watchdog": ("cloudfs.mountpoint",),
-    "cloudfs.operations": ("cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog"),
+    "cloudfs.listing": ("cloudfs.inodes",),
+    "cloudfs.worker_threads": ("engine.errors",),
+    "cloudfs.operations": (
+        "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
+    ),
     "cloudfs.mount": ("cloudfs.operations", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
     "cloudfs.daemon": ("engine.errors",),
     "cloudfs.commands": (),
@@ -65,8 +69,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.cli": ("cloudfs.commands.*",),
     "cloudfs.__main__": ("cloudfs.cli",),
 }  # fmt: skip
-FUSE = {"cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop"}
-"""Only these import pyfuse3 and trio: the rest must not pay for them."""
+FUSE = {"cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads"}
+"""Only these import pyfuse3 and trio, what runs blocking work among them: the rest must not pay for them."""
 
 
 def _rooms() -> dict[str, Path]:
