@@ -38,7 +38,9 @@ RESERVED_NAMES = frozenset(
 )
 """Names that stand in the tree beside instances."""
 LIST_LIFETIME = 1.0
-"""Seconds for which a list of processes and their records are kept over a live target, as /proc feels."""
+"""Seconds for which a list of processes and their records are kept over a live target, at the most."""
+LIST_SHARE = 20
+"""A list is kept for no more than so many times what it took to make: what is cheap is fresh, as in /proc."""
 PROCESS_LIMIT = 4096
 """Processes whose objects an instance keeps."""
 
@@ -113,12 +115,13 @@ class Instance:
         return not self.live or time.monotonic() - since < LIST_LIFETIME
 
     def pids(self) -> list[int]:
-        """The PIDs of an OS layer, ascending; over a live target at most a second old."""
-        since, pids = self._pids
-        if not pids or not self._fresh(since):
-            now = time.monotonic()
+        """The PIDs of an OS layer, ascending; over a live target at most a second old, less where that is cheap."""
+        expires, pids = self._pids
+        if not pids or (self.live and time.monotonic() > expires):
+            began = time.monotonic()
             pids = self.layer.pids()
-            self._pids = (now, pids)
+            took = time.monotonic() - began
+            self._pids = (began + took + min(LIST_LIFETIME, LIST_SHARE * took), pids)
         return pids
 
     def process(self, pid: int) -> Process:
