@@ -1,8 +1,8 @@
-"""What was read for names and attributes, kept for as long as the kernel may believe them.
+"""What was read for names and attributes, kept for as long as the kernel may believe them, or less.
 
 Lists of regions and modules, owners, renderings: plain facts, by instance and key. Over a live target they
-live a second, as attributes do; of what cannot change they live until the space is needed. Never bytes of
-memory.
+live a second at the most, and no longer than 20 times what they took to make: what is cheap is fresh. Of what
+cannot change they live until the space is needed. Never bytes of memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from engine.machine import LIST_LIFETIME, Instance
+from engine.machine import LIST_LIFETIME, LIST_SHARE, Instance
 
 T = TypeVar("T")
 BUDGET = 32 << 20
@@ -28,7 +28,8 @@ class _Shelf:
     __slots__ = ("items", "weight")
 
     def __init__(self) -> None:
-        self.items: OrderedDict[Hashable, tuple[float, int, Any]] = OrderedDict()
+        self.items: OrderedDict[Hashable, tuple[float, float, int, Any]] = OrderedDict()
+        """Key → when it was stored, when it expires, weight, value."""
         self.weight = 0
 
 
@@ -45,9 +46,18 @@ class Kept:
         """(age in seconds, value) of what was stored under `key`, however old, or None."""
         shelf = self._shelves.get(instance)
         found = None if shelf is None else shelf.items.get(key)
-        return None if found is None else (self._clock() - found[0], found[2])
+        return None if found is None else (self._clock() - found[0], found[3])
 
-    def store(self, instance: Instance | None, key: Hashable, value: T, weight: int = 0, lifetime: float = 0.0) -> T:
+    def store(
+        self,
+        instance: Instance | None,
+        key: Hashable,
+        value: T,
+        weight: int = 0,
+        *,
+        lifetime: float = 0.0,
+        expires: float = 0.0,
+    ) -> T:
         """Keep `value` and give it, or give the one that is there and not older than `lifetime`.
 
         `weight` is its size in bytes, about; what exceeds an eighth of the budget is not kept.
@@ -60,28 +70,31 @@ class Kept:
             shelf = self._shelves.setdefault(instance, _Shelf())
             found = shelf.items.get(key)
             if found is not None and now - found[0] < lifetime:
-                there: T = found[2]
+                there: T = found[3]
                 return there
             if found is not None:
-                shelf.weight -= shelf.items.pop(key)[1]
+                shelf.weight -= shelf.items.pop(key)[2]
             if weight <= self.budget // 8 and not (instance is not None and instance.closed):
-                shelf.items[key] = (now, weight, value)
+                shelf.items[key] = (now, expires, weight, value)
                 shelf.weight += weight
             while shelf.weight > self.budget:
-                shelf.weight -= shelf.items.popitem(last=False)[1][1]
+                shelf.weight -= shelf.items.popitem(last=False)[1][2]
         return value
 
     def get(
         self, instance: Instance, key: Hashable, make: Callable[[], T], weigh: Callable[[T], int] | None = None
     ) -> T:
-        """What `make` gives, or gave less than a second ago (ever, where the target is not live)."""
-        lifetime = lifetime_of(instance)
-        found = self.find(instance, key)
-        if found is not None and found[0] < lifetime and not instance.closed:
-            value: T = found[1]
+        """What `make` gives, or gave a short while ago (ever, where the target is not live)."""
+        shelf = self._shelves.get(instance)
+        found = None if shelf is None else shelf.items.get(key)
+        if found is not None and not instance.closed and (not instance.live or self._clock() < found[1]):
+            value: T = found[3]
             return value
+        began = self._clock()
         value = make()
-        return self.store(instance, key, value, 0 if weigh is None else weigh(value), lifetime)
+        now = self._clock()
+        lifetime = min(LIST_LIFETIME, LIST_SHARE * (now - began))
+        return self.store(instance, key, value, 0 if weigh is None else weigh(value), expires=now + lifetime)
 
     def forget(self, instance: Instance) -> None:
         """Drop all that is kept for an instance, so that nothing holds what it held."""
@@ -91,11 +104,6 @@ class Kept:
     def _purge(self) -> None:
         for instance in [known for known in self._shelves if known is not None and known.closed]:
             del self._shelves[instance]
-
-
-def lifetime_of(instance: Instance) -> float:
-    """Seconds for which facts about an instance's target are believed."""
-    return LIST_LIFETIME if instance.live else float("inf")
 
 
 KEPT = Kept()

@@ -56,17 +56,13 @@ class ProcessesDirectory(ContextDirectory[InstanceContext]):
 def process_names(context: InstanceContext) -> dict[int, str]:
     """PID → name of all processes, ascending; those of which it cannot be told are left out."""
     instance = context.check()
-
-    def listed() -> dict[int, str]:
-        names = {}
-        for pid in instance.pids():
-            try:
-                names[pid] = instance.process(pid).info.name
-            except EngineError:
-                continue
-        return names
-
-    return KEPT.get(instance, ("process names", context.key), listed, lambda names: 150 * len(names))
+    names = {}
+    for pid in instance.pids():
+        try:
+            names[pid] = instance.process(pid).info.name
+        except EngineError:
+            continue
+    return names
 
 
 class ByNameDirectory(ContextDirectory[InstanceContext]):
@@ -78,11 +74,10 @@ class ByNameDirectory(ContextDirectory[InstanceContext]):
         super().__init__(context, "by-name", may_block=context.reads_block)
 
     def _links(self) -> dict[str, int]:
-        names = process_names(self.context)
         return KEPT.get(
             self.context.instance,
             ("by name", self.context.key),
-            lambda: links_by_name(names),
+            lambda: links_by_name(process_names(self.context)),
             lambda links: 150 * len(links),
         )
 

@@ -84,7 +84,7 @@ class TextFile(File):
             kept: bytes = found[1]
             return kept
         data = self.render()
-        return KEPT.store(self._context.instance, key, data, len(data), lifetime)
+        return KEPT.store(self._context.instance, key, data, len(data), lifetime=lifetime)
 
     def render(self) -> bytes:
         """The bytes as they are now."""
