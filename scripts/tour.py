@@ -21,16 +21,7 @@ from cloudfs.mountpoint import is_mounted, unmount
 HERE = Path(sys.executable).parent
 START_SECONDS = 20
 SECRET = "the-secret-of-this-tour"
-TARGET = f"""
-import ctypes, sys
-# Where Yama lets only parents look into a process, this one lets everybody of its user (prctl(2), PR_SET_PTRACER).
-ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
-secret = ctypes.create_string_buffer(("{SECRET[:10]}" + "{SECRET[10:]}").encode() + b" lies here", 64)
-print(ctypes.addressof(secret), flush=True)
-sys.stdin.read()
-"""
-"""A program with a string in its memory; the string is put together there, so that its own source does not match."""
-LINES = 12
+LINES = 16
 
 
 def fail(sentence: str) -> int:
@@ -84,7 +75,10 @@ def mounted(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def target() -> Iterator[tuple[int, int]]:
     """A running program and the address of the secret in it."""
     program = subprocess.Popen(
-        [sys.executable, "-c", TARGET], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, str(Path(__file__).with_name("tour_target.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         assert program.stdout is not None
@@ -115,7 +109,8 @@ def tour(folder: Path, pid: int, address: int) -> None:
     """What to try, each with its real output."""
     process = f"os/processes/{pid}"
     tools = [
-        ("The memory of this machine, as files.", "ls -F . os"),
+        ("The memory of this machine, as files.", "ls -F ."),
+        ("What is open: this machine, called native, and links into it.", "ls -F os"),
         ("Every process is a directory. This tour has started one that holds a secret:", f"ls -F {process}"),
         ("What it is:", f"cat {process}/info"),
         ("Its address space, as /proc prints it:", f"head -4 {process}/maps"),
