@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from cloudfs.commands._arguments import Exit, Parser, UsageError, add_common_options, parse, split_command
+from cloudfs.commands._streams import OutputError, ReaderGoneError, flush, put, say
 
 log = logging.getLogger("cloudfs")
 
 TOUR = """\
-cloudfs shows the memory of a machine - this one, a virtual machine, a dump - as files and in tables.
+cloudfs shows the memory of a machine - this one, a virtual machine, a dump - as files and tables.
 
 Look at this machine:
   cloudfs ps                               its processes
@@ -125,7 +126,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _prepare_streams()
         name, rest = split_command(sys.argv[1:] if words is None else words)
         code = _run(name, rest)
-        _flush()
+        flush()
     except BaseException as error:  # the one boundary: whatever happened becomes a sentence and a code
         code = _failed(name, error)
     return code
@@ -152,7 +153,7 @@ def _run(name: str | None, words: list[str]) -> int:
     parser = _parser(name, command)
     arguments = parse(parser, words)
     if arguments.help or arguments.version:
-        sys.stdout.write(parser.format_help() if arguments.help else _version())
+        put(parser.format_help() if arguments.help else _version())
         return Exit.DONE
     configure_logging(arguments.verbose, arguments.log_file)
     log.debug("cloudfs %s %s", name, words)
@@ -166,15 +167,8 @@ def _run_alone(words: list[str]) -> int:
     if arguments.words:
         raise UsageError(f"{arguments.words[0]!r} is no command")
     tour = TOUR.format(pid=os.getppid(), pid_address=f"{os.getppid()} ADDRESS 256")
-    sys.stdout.write(_version() if arguments.version else _help() if arguments.help else tour)
+    put(_version() if arguments.version else _help() if arguments.help else tour)
     return Exit.DONE
-
-
-def _flush() -> None:
-    from cloudfs.commands._output import writing
-
-    with writing():
-        sys.stdout.flush()
 
 
 # -- what went wrong ---------------------------------------------------------------------------------
@@ -192,7 +186,6 @@ def exit_code(error: BaseException) -> Exit:
 
 def sentence(error: BaseException) -> str:
     """What a person is told of an error, in one sentence."""
-    from cloudfs.commands._output import OutputError
     from engine.errors import EngineError
 
     if isinstance(error, EngineError | OutputError):
@@ -208,15 +201,13 @@ def sentence(error: BaseException) -> str:
 def _failed(name: str | None, error: BaseException) -> int:
     """Say what went wrong, and give the exit code."""
     log.debug("cloudfs %s failed", name, exc_info=error)
+    name = name if name in command_names() else None
     if isinstance(error, KeyboardInterrupt):
         _drop_output(flush=True)
         return Exit.INTERRUPTED
     if isinstance(error, UsageError):  # before anything heavy is imported
-        helpful = f"cloudfs {name} --help" if name in command_names() else "cloudfs --help"
-        _say(name, f"{error}; `{helpful}` shows how it is written")
+        _say(name, f"{error}; `cloudfs {name + ' ' if name else ''}--help` shows how it is written")
         return Exit.USAGE
-    from cloudfs.commands._output import OutputError, ReaderGoneError
-
     _drop_output(flush=not isinstance(error, OutputError))
     if isinstance(error, ReaderGoneError):
         return Exit.DONE
@@ -225,11 +216,8 @@ def _failed(name: str | None, error: BaseException) -> int:
 
 
 def _say(name: str | None, text: str) -> None:
-    from cloudfs.commands._output import Output
-
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening
-        Output(name or "", no_color="--no-color" in sys.argv).say(text)
-        sys.stderr.flush()
+        say(name or "", text, no_color="--no-color" in sys.argv)
 
 
 def _drop_output(*, flush: bool) -> None:

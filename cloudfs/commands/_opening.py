@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from cloudfs.commands._arguments import Shape, UsageError, Words, assign, is_pid
+from engine import registry
 from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError
 from engine.machine import Instance, Machine
 from engine.oslayer import OsLayer, Process
@@ -112,6 +114,8 @@ def find_process(target: Opened, word: str) -> Process:
         return _by_pid(layer, target.name, word)
     found = list(_named(layer, word))
     if not found:
+        if os.path.exists(word) or registry.find(word.split(":", 1)[0]) is not None:
+            raise UsageError(f"{word!r} stands where a process is named; as TARGET it wants one more word behind it")
         raise AbsentError(f"no process of {target.name} is called {word!r}; `cloudfs ps` lists them")
     if len(found) > 1:
         shown = ", ".join(str(pid) for pid in found[:LISTED_PIDS])

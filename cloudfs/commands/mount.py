@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudfs import daemon
 from cloudfs.commands._arguments import Exit, Parser, Shape, UsageError, Words, add_chain_options, assign
+from cloudfs.commands._streams import put
 
 if TYPE_CHECKING:
     from cloudfs.commands._opening import Opened
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Before anything is imported that starts threads or takes time.
     side = daemon.begin()
     if isinstance(side, daemon.Outcome):
-        sys.stdout.write(side.said)
+        put(side.said)
         return side.code
     return _Session(arguments, words, settings).run(side)
 

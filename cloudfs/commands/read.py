@@ -19,8 +19,9 @@ from collections.abc import Callable
 from cloudfs.commands._arguments import Exit, Parser, Shape, UsageError, add_chain_options
 from cloudfs.commands._hexdump import HexDump
 from cloudfs.commands._opening import opened, words_of
-from cloudfs.commands._output import Output, writing
+from cloudfs.commands._output import Output
 from cloudfs.commands._spaces import Data, Hole, address_of, need_of, pieces, space_of
+from cloudfs.commands._streams import writing
 from cloudfs.render import address_text
 from engine.errors import InvalidArgumentError
 from engine.numbers import parse_number
