@@ -9,8 +9,9 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 
-from engine.types import ExportInfo, ImportInfo
 from support import require
+
+from engine.types import ExportInfo, ImportInfo
 
 _SYMBOL = re.compile(r"\s*\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) +(\S+) +(\S+) +(\S+) +(?:\[[^]]*\] +)?(\S+) (.*)")
 _SECTION = re.compile(r" *\[ *\d+\] (\S*) +(\S+) +([0-9a-f]+) ([0-9a-f]+) ([0-9a-f]+) [0-9a-f]+ +([A-Zolp]*) +\d")
@@ -38,9 +39,9 @@ class Readelf:
         require(shutil.which("readelf"), "readelf (binutils) is not installed")
         self.path = os.fspath(path)
 
-    def _run(self, option: str) -> str:
+    def _run(self, *options: str) -> str:
         done = subprocess.run(
-            ["readelf", "-W", option, self.path],
+            ["readelf", "-W", *options, self.path],
             capture_output=True, timeout=60, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
         return done.stdout.decode("utf-8", "surrogateescape")
@@ -60,19 +61,27 @@ class Readelf:
         return max((address + size + 4095 & -4096) - self.link_base for _, address, _, size in self.loads)
 
     @cached_property
+    def _symbol_lines(self) -> list[str]:
+        text = self._run("--dyn-syms")
+        if not _SYMBOL.search(text):
+            text = self._run("-D", "-s")  # no section headers: by the dynamic section
+        return text.splitlines()
+
+    @cached_property
     def symbols(self) -> list[Symbol]:
         found = []
-        for line in self._run("--dyn-syms").splitlines():
+        for line in self._symbol_lines:
             match = _SYMBOL.fullmatch(line)
             if match is None:
                 continue
             value, size, kind, binding, visibility, section, text = match.groups()
-            text = re.sub(r" \(\d+\)$", "", text.strip())
+            # (NUMBER) stands behind versions of other files, also of what was copied from them.
+            text, needed = re.subn(r" \(\d+\)$", "", text.strip())
             name, mark, version = text.partition("@")
             found.append(
                 Symbol(
                     int(value, 16), int(size, 0), kind, binding, visibility, section, name,
-                    version.removeprefix("@") if mark else None, version.startswith("@") or not mark,
+                    version.removeprefix("@") if mark else None, version.startswith("@") or not mark or bool(needed),
                 )
             )  # fmt: skip
         return found
@@ -125,7 +134,7 @@ class Readelf:
     def imports(self) -> list[ImportInfo]:
         """Undefined dynamic symbols in the order of the table."""
         found = []
-        for line in self._run("--dyn-syms").splitlines():
+        for line in self._symbol_lines:
             match = _SYMBOL.fullmatch(line)
             if match is None or match[6] != "UND" or match[4] not in ("GLOBAL", "WEAK", "UNIQUE"):
                 continue

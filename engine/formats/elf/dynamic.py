@@ -25,6 +25,8 @@ _TABLES = (3, 4, 5, 7, 12, 13, 17, 23, 25, 26, 32, 36, DT_GNU_HASH, DT_VERSYM, 0
 """Tags whose values are addresses of tables: what may follow the symbols."""
 
 ENTRY_LIMIT = 16384
+PATH_LIMIT = 4096
+"""Bytes of the name of a library or a version; PATH_MAX of <linux/limits.h>."""
 STRINGS_LIMIT = 64 << 20
 SYMBOL_LIMIT = 1 << 21
 VERSIONS_LIMIT = 64 << 10
@@ -75,7 +77,7 @@ class Dynamic:
 
     def string(self, offset: int) -> str | None:
         """The string at an offset of the string table, None where there is none."""
-        return name_at(self.strings, offset)
+        return name_at(self.strings, offset, PATH_LIMIT)
 
     @property
     def symbol_size(self) -> int:

@@ -7,11 +7,14 @@ from functools import cached_property
 
 from engine.errors import BadDataError
 from engine.formats.elf.dynamic import DT_SONAME, Dynamic
-from engine.formats.elf.records import ET_REL, PT_DYNAMIC, PT_LOAD, Segment
+from engine.formats.elf.records import ET_REL, PN_XNUM, PT_DYNAMIC, PT_LOAD, Segment
 from engine.formats.elf.symbols import Symbols
 from engine.formats.elf.view import View
 from engine.memory import Memory
 from engine.types import ExportInfo, ImportInfo, SectionInfo
+
+LOAD_LIMIT = 1024
+"""Loaded segments of an image with symbols; linkers make ten, a memory dump a million."""
 
 
 class Elf(View):
@@ -20,6 +23,8 @@ class Elf(View):
     @cached_property
     def dynamic(self) -> Dynamic | None:
         """The dynamic section; None where there is none. Raises BadDataError for an impossible one."""
+        if len(self.loads) > LOAD_LIMIT:
+            return None  # a core file: what it says of images is not about itself
         for segment in self.segments:
             if segment.kind == PT_DYNAMIC and segment.file_size:
                 return Dynamic(self, self.locate_segment(segment), segment.file_size)
@@ -131,6 +136,12 @@ class ElfImage(Elf):
         super().__init__(memory, head)
         self.base = base
         self.segments_at = segments_at
+
+    def segment_count(self) -> int:
+        """See `View.segment_count`: no kernel loads an image that has more than its header can say."""
+        if self.header.segment_count == PN_XNUM:
+            raise BadDataError(0, detail=f"{PN_XNUM} or more program headers in a loaded image")
+        return self.header.segment_count
 
     def locate(self, address: int, what: str) -> int:
         """See `View.locate`."""

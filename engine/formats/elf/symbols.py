@@ -148,18 +148,19 @@ class Symbols:
 
     def _names(self, rows: Column, count: bool = True) -> list[str | None]:
         """The name of each row, None for those that have none; those are counted as skipped."""
-        text, limit = self._text, NAME_LIMIT
+        text, limit, given = self._text, NAME_LIMIT, self._given
         find = text.find
         names: list[str | None] = []
         add = names.append
         for start in self._table["name"][rows].tolist():
             stop = find("\0", start, start + limit)
             add(text[start:stop] if stop > start else None)
+            given += stop - start if stop > start else 0
+            if given > NAMES_LIMIT:
+                raise BadDataError(self.dynamic.address, detail="the names of the symbols overlap too much")
+        self._given = given
         if count:
             self.skipped += names.count(None)
-        self._given += sum(map(len, filter(None, names)))
-        if self._given > NAMES_LIMIT:
-            raise BadDataError(self.dynamic.address, detail="the names of the symbols overlap too much")
-        if not self._plain:
-            return [name and name.encode("latin-1").decode("utf-8", "surrogateescape") for name in names]
-        return names
+        if self._plain:
+            return names
+        return [name and name.encode("latin-1").decode("utf-8", "surrogateescape") for name in names]

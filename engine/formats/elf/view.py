@@ -21,9 +21,10 @@ HEAD_SIZE = 2048
 SEGMENT_LIMIT = 1 << 20
 SECTION_LIMIT = 1 << 18
 SECTION_NAMES_LIMIT = 16 << 20
-NOTE_LIMIT = 64 << 10
+"""Bytes of the table of section names; of all names together, which may overlap, four times as many."""
+NOTE_LIMIT = 8 << 10
 """Bytes of one note segment that are searched for a build-id."""
-NOTE_COUNT_LIMIT = 64
+NOTE_COUNT_LIMIT = 16
 NAME_LIMIT = 1 << 16
 """Bytes; mangled names of C++ templates reach tens of thousands."""
 
@@ -38,9 +39,9 @@ def page_ceiling(address: int) -> int:
     return (address + PAGE - 1) & -PAGE
 
 
-def name_at(table: bytes, offset: int) -> str | None:
-    """The string at an offset of a string table; None where none ends within NAME_LIMIT."""
-    stop = table.find(b"\0", offset, offset + NAME_LIMIT) if offset < len(table) else -1
+def name_at(table: bytes, offset: int, limit: int = NAME_LIMIT) -> str | None:
+    """The string at an offset of a string table; None where none ends within `limit` bytes."""
+    stop = table.find(b"\0", offset, offset + limit) if offset < len(table) else -1
     return None if stop < 0 else table[offset:stop].decode("utf-8", "surrogateescape")
 
 
@@ -126,7 +127,8 @@ class View(ABC):
             raise BadDataError(0, detail=f"the ELF header says that {what} have {stated} bytes, not {right}")
         return right
 
-    def _segment_count(self) -> int:
+    def segment_count(self) -> int:
+        """The true number of program headers."""
         count = self.header.segment_count
         if count == records.PN_XNUM and self._section_zero is not None:
             count = self._section_zero.info
@@ -135,7 +137,7 @@ class View(ABC):
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The program headers in their order. Raises BadDataError for an impossible table."""
-        header, count = self.header, self._segment_count()
+        header, count = self.header, self.segment_count()
         if not count or not header.segments_offset:
             return ()
         size = self._entry_size(header.segment_entry_size, records.segment_size(header.bits), "program headers")
@@ -164,7 +166,14 @@ class View(ABC):
         rows = list(records.parse_sections(self.read(at, size, "the table of section headers"), header))
         index = zero.link if header.names_index == records.SHN_XINDEX else header.names_index
         names = self._section_names(rows[index][1]) if 0 < index < len(rows) else b""
-        return tuple(replace(section, name=name_at(names, name) or "") for name, section in rows)
+        found, budget = [], 4 * SECTION_NAMES_LIMIT
+        for offset, section in rows:
+            name = name_at(names, offset) or ""
+            budget -= len(name)
+            if budget < 0:
+                raise BadDataError(at, detail="the names of the sections overlap too much")
+            found.append(replace(section, name=name))
+        return tuple(found)
 
     def _section_names(self, section: Section) -> bytes:
         if section.kind == records.SHT_NOBITS or section.size > SECTION_NAMES_LIMIT:
