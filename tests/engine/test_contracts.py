@@ -52,5 +52,5 @@ LAYERS: dict[str, Callable[[], Base]] = {"native": lambda: Base(live=True)}
 def test_every_oslayer_holds_its_contract(name):
     assert name in LAYERS, f"give the OS layer {name!r} a sample here"
     layer = registry.load_oslayer(name).open(LAYERS[name](), {})
-    check_oslayer(layer, alive=[os.getpid(), 1])
+    check_oslayer(layer, alive=[os.getpid()])  # not 1: even root may not look into it in a container
     layer.close()

@@ -132,7 +132,11 @@ class NativeMemory(Memory):
         first = address >> PAGE_SHIFT
         count = (address + size - 1 >> PAGE_SHIFT) - first + 1
         try:
-            if count >= SCAN_PAGES and files.scanner is not None:
+            if count == 1:
+                entry = pread(files.pagemap, 8, first << 3)
+                if not entry or entry[TOP_BYTE] < wanted.least:
+                    return False
+            elif count >= SCAN_PAGES and files.scanner is not None:
                 start, stop = first << PAGE_SHIFT, first + count << PAGE_SHIFT
                 if not files.scanner.covers(start, stop, wanted.categories):
                     return False

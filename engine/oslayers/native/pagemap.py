@@ -35,14 +35,15 @@ PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_ZERO = 1 << 3, 1 << 4, 1 << 5
 
 
 class PageKind(NamedTuple):
-    """Pages that a read asks for: top bytes of their entries, and their categories for the ioctl."""
+    """Pages that a read asks for: the least and all top bytes of their entries, their categories for the ioctl."""
 
+    least: int
     top_bytes: bytes
     categories: int
 
 
-HELD = PageKind(bytes(range(LEAST_HELD, 256)), PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
-PRESENT = PageKind(bytes(range(LEAST_PRESENT, 256)), PAGE_IS_PRESENT)
+HELD = PageKind(LEAST_HELD, bytes(range(LEAST_HELD, 256)), PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+PRESENT = PageKind(LEAST_PRESENT, bytes(range(LEAST_PRESENT, 256)), PAGE_IS_PRESENT)
 
 _SCAN = struct.Struct("=12Q")
 """size, flags, start, stop, walk end, vector, its length, most pages, inverted, all of, any of, returned."""
