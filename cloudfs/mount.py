@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import shutil
 import signal
 import threading
@@ -167,9 +168,9 @@ async def _serve(
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
+        stack.enter_context(connection.noticed(nursery.cancel_scope.cancel))
         stack.enter_context(_collector_spared())
-        if ready is not None:
-            ready()
+        nursery.start_soon(_begin, operations, connection, ready)
         await pyfuse3.main(min_tasks=SPARE_TASKS, max_tasks=MAX_TASKS)
         if options.self_check:
             operations.inodes.check()
@@ -179,6 +180,16 @@ async def _serve(
             "the log says where"
         )
     return ending.signal
+
+
+async def _begin(
+    operations: TreeOperations, connection: Connection, ready: Callable[[], object] | None
+) -> None:
+    """What can be done once the kernel has its answer to INIT, which sets the read-ahead back."""
+    await operations.initialised.wait()
+    connection.set_read_ahead()
+    if ready is not None:
+        ready()
 
 
 def _owner(options: MountOptions) -> Owner:
@@ -249,13 +260,40 @@ class Connection:
         try:
             self.entry = mountpoints.find_mount(where)
             self._descriptor = _session_descriptor()
-            if self.entry is not None:
-                _set_read_ahead(self.entry)
             yield
         finally:
             entry, self.entry, self._descriptor = self.entry, None, None
             pyfuse3.close(unmount=True)
             _detach_rest(entry)
+
+    def set_read_ahead(self) -> None:
+        """Let the kernel read 1 MiB ahead in cached files; needs root, and goes without."""
+        if self.entry is not None:
+            major, minor = self.entry.device
+            with contextlib.suppress(OSError):
+                Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb").write_text(str(READ_AHEAD_KB))
+
+    @contextlib.contextmanager
+    def noticed(self, ended: Callable[[], object]) -> Iterator[None]:
+        """Call `ended` when the kernel has ended the connection.
+
+        pyfuse3's loop ends then, but waits for requests in worker threads whose askers are gone.
+        """
+        poll = select.poll()
+        if self._descriptor is not None:
+            poll.register(self._descriptor, 0)  # POLLERR and nothing else: fs/fuse/dev.c, fuse_dev_poll
+
+        class Notice(trio.abc.Instrument):
+            def task_exited(self, task: trio.lowlevel.Task) -> None:
+                if poll.poll(0):
+                    ended()
+
+        notice = Notice()
+        trio.lowlevel.add_instrument(notice)
+        try:
+            yield
+        finally:
+            trio.lowlevel.remove_instrument(notice)
 
     def abort(self) -> None:
         """End the connection from the watchdog's thread, while the loop hangs in a system call.
@@ -316,13 +354,6 @@ def _collector_spared() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
-
-
-def _set_read_ahead(entry: MountEntry) -> None:
-    """Let the kernel read 1 MiB ahead in cached files; needs root, and goes without."""
-    major, minor = entry.device
-    with contextlib.suppress(OSError):
-        Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb").write_text(str(READ_AHEAD_KB))
 
 
 def _detach_rest(entry: MountEntry | None) -> None:

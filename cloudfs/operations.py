@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileInfo,
@@ -160,6 +161,8 @@ class TreeOperations(pyfuse3.Operations):
         self.counters = counters or Counters()
         self.threads = WorkerThreads(timeout)
         self.watchdog = watchdog or Watchdog(lambda: None)
+        self.initialised = trio.Event()
+        """Set while INIT is answered: whoever waits for it runs after the answer."""
         self._owner = owner or Owner()
         self._invalidate = invalidate or _invalidate
         self._readdir_reply = readdir_reply
@@ -173,6 +176,10 @@ class TreeOperations(pyfuse3.Operations):
         self._shown_attributes: Attributes | None = None
         self._shown_time: int | None = None
         self._bug_places: dict[tuple[type[BaseException], str, int], int] = {}
+
+    def init(self) -> None:
+        """The first request of the connection."""
+        self.initialised.set()
 
     # -- errors ------------------------------------------------------------------------------------------
 

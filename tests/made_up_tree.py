@@ -464,15 +464,39 @@ class InlineMemories(Folder):
         return InlineMemory(int(name)) if name.isdigit() else None
 
 
-class SleepyFile(BugFile):
+class Made(Folder):
+    """A node of its own for every name: `control…`, `memory…` and `instances…`."""
+
+    def __init__(self, name: str) -> None:
+        self.made: dict[str, Node] = {}
+        super().__init__(name, self.made)
+
+    def child(self, name: str) -> Node | None:
+        if name not in self.made:
+            if name.startswith("control"):
+                self.made[name] = Control(name)
+            elif name.startswith("memory"):
+                self.made[name] = MemoryFile(name, BytesMemory(bytearray(pattern(MEMORY_SIZE))))
+            elif name.startswith("instances"):
+                self.made[name] = instances_of(name)
+        return self.made.get(name)
+
+
+def instances_of(name: str) -> Instances:
+    return Instances(name, {kind: Folder(f"{name}/{kind}", {"info": Text(kind, "x\n")}) for kind in ("idle", "busy")})
+
+
+class OpenSleepy(OpenBytes):
+    def read(self, offset: int, size: int, scratch: memoryview) -> bytes:
+        time.sleep(0.3)
+        return super().read(offset, size, scratch)
+
+
+class Sleepy(Text):
     """A read that takes some time in the loop."""
 
-    def __init__(self, name: str, seconds: float) -> None:
-        def give(size: int) -> bytes:
-            time.sleep(seconds)
-            return b"slept\n"[:size]
-
-        super().__init__(name, give)
+    def open(self, flags: int) -> OpenFile:
+        return OpenSleepy(self.text.encode())
 
 
 def make_tree(files: int = 10, backing: Path | None = None) -> Folder:
@@ -480,7 +504,6 @@ def make_tree(files: int = 10, backing: Path | None = None) -> Folder:
     event = threading.Event()
     memory = BytesMemory(bytearray(pattern(MEMORY_SIZE)))
     many: dict[str, Node] = {f"file-{i:06}": Text(f"file-{i:06}", f"{i}\n") for i in range(files)}
-    instances: dict[str, Node] = {name: Folder(name, {"info": Text(name, "x\n")}) for name in ("idle", "busy")}
     bugs: dict[str, Node] = {name: BugFile(name, give) for name, give in BUGS.items()}
     bugs["open-raises"] = BrokenPart("open raises", "open", KeyError("a bug"))
     bugs["open-returns-str"] = BrokenPart("open returns", "return", KeyError("unused"))
@@ -498,15 +521,16 @@ def make_tree(files: int = 10, backing: Path | None = None) -> Folder:
         "link": TextLink(("link", "link"), "nested/deep"),
         "nested": Folder("nested", {"deep": Folder("deep", {"text": Text("deep text", "deep\n")})}),
         "many": Folder("many", many),
-        "instances": Instances("instances", instances),
+        "instances": instances_of("instances"),
         "bugs": Folder("bugs", bugs),
         "bad names": bad_names(),
         "bad listing": bad_listing(),
         "blocking": Blocking("blocking", event),
         "slow": Folder("slow", {"slow": Blocking("slow", event, slow=True), "text": Text("beside", "x\n")}),
         "inline": InlineMemories("inline", {}),
-        "sleepy": SleepyFile("sleepy", 0.5),
+        "sleepy": Sleepy("sleepy", "slept\n"),
         "changing": Changing("changing", {}),
+        "made": Made("made"),
     }
     if backing is not None:
         children["mapped"] = MappedFile(backing)
