@@ -22,14 +22,17 @@ ENTRY_WEIGHT = 300
 """Bytes, about, that an entry takes beside its value."""
 
 
+_Item = tuple[float, float, int, Any]
+"""When it was stored, when it expires, weight, value."""
+
+
 class _Shelf:
     """What is kept for one instance, the least recently stored first."""
 
     __slots__ = ("items", "weight")
 
     def __init__(self) -> None:
-        self.items: OrderedDict[Hashable, tuple[float, float, int, Any]] = OrderedDict()
-        """Key → when it was stored, when it expires, weight, value."""
+        self.items: OrderedDict[Hashable, _Item] = OrderedDict()
         self.weight = 0
 
 
@@ -44,9 +47,12 @@ class Kept:
 
     def find(self, instance: Instance | None, key: Hashable) -> tuple[float, Any] | None:
         """(age in seconds, value) of what was stored under `key`, however old, or None."""
-        shelf = self._shelves.get(instance)
-        found = None if shelf is None else shelf.items.get(key)
+        found = self._item(instance, key)
         return None if found is None else (self._clock() - found[0], found[3])
+
+    def _item(self, instance: Instance | None, key: Hashable) -> _Item | None:
+        shelf = self._shelves.get(instance)
+        return None if shelf is None or (instance is not None and instance.closed) else shelf.items.get(key)
 
     def store(
         self,
@@ -85,9 +91,8 @@ class Kept:
         self, instance: Instance, key: Hashable, make: Callable[[], T], weigh: Callable[[T], int] | None = None
     ) -> T:
         """What `make` gives, or gave a short while ago (ever, where the target is not live)."""
-        shelf = self._shelves.get(instance)
-        found = None if shelf is None else shelf.items.get(key)
-        if found is not None and not instance.closed and (not instance.live or self._clock() < found[1]):
+        found = self._item(instance, key)
+        if found is not None and (not instance.live or self._clock() < found[1]):
             value: T = found[3]
             return value
         began = self._clock()
