@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import logging
 import os
 import pty
@@ -16,6 +15,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator, Sequence
@@ -51,15 +51,20 @@ def in_process(*words: str) -> subprocess.CompletedProcess[bytes]:
     """The same without a process of its own, ten times as fast: for tables of what goes wrong."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    shown, said = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
-            code = main(words)
-    finally:
-        logging.captureWarnings(capture=False)
-        root.handlers[:] = handlers
-        root.setLevel(level)
-    return subprocess.CompletedProcess(words, code, shown.buffer.getvalue(), said.buffer.getvalue())
+    with tempfile.TemporaryFile("w+") as shown, tempfile.TemporaryFile("w+") as said:
+        try:
+            with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
+                code = main(words)
+        finally:
+            logging.captureWarnings(capture=False)
+            root.handlers[:] = handlers
+            root.setLevel(level)
+        printed = []
+        for stream in (shown, said):
+            stream.flush()
+            size = os.fstat(stream.fileno()).st_size
+            printed.append(os.pread(stream.fileno(), size, 0))
+    return subprocess.CompletedProcess(words, code, *printed)
 
 
 def unprivileged(*words: str, limit: float = LIMIT) -> subprocess.CompletedProcess[bytes]:

@@ -41,6 +41,8 @@ class HexDump:
 
     def feed(self, address: int, data: bytes | memoryview) -> Iterator[bytes]:
         """Lines, newlines included, in blocks."""
+        if not len(data):
+            return
         if self._next != address:
             yield self._break()
         self._next = address + len(data)
