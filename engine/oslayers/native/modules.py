@@ -270,10 +270,10 @@ class KernelModule(Module):
             with contextlib.suppress(ValueError):
                 starts.append((int(text, 16), name))
         starts = sorted(entry for entry in starts if entry[0])
-        for (start, name), following in zip(starts, [*starts[1:], None], strict=True):
-            page_stop = (start | 4095) + 1
-            stop = page_stop if following is None or following[0] - start > self._size else following[0]
-            yield SectionInfo(name, start, stop - start)
+        for number, (start, name) in enumerate(starts):
+            stop = starts[number + 1][0] if number + 1 < len(starts) else start + self._size + 1
+            # Ranges of code, of data, of what is only read lie far apart since Linux 6.4.
+            yield SectionInfo(name, start, stop - start if stop - start <= self._size else -start % 4096 or 4096)
 
 
 _NOTE_LIMIT = 4096
