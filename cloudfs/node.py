@@ -208,9 +208,10 @@ def check_name(name: str) -> bytes:
     Raises InvalidArgumentError where no file can be called so, and UnicodeEncodeError for a lone surrogate
     that stands for no byte.
     """
-    raw = name.encode(_ENCODING, _ENCODING_ERRORS)
-    if 0 < len(raw) <= NAME_MAX and b"/" not in raw and b"\0" not in raw and raw != b"." and raw != b"..":
-        return raw
+    if "/" not in name and "\0" not in name and name not in (".", ".."):
+        raw = name.encode(_ENCODING, _ENCODING_ERRORS)
+        if 0 < len(raw) <= NAME_MAX:
+            return raw
     raise InvalidArgumentError(f"no file can be called {name!r}")
 
 
