@@ -12,7 +12,7 @@ The map of the package (every name here is imported on first use):
     >>> import engine, os
     >>> with engine.open_target("native") as machine:
     ...     machine.default_os.layer.process(os.getpid()).info.name
-    'python3'
+    'python...'
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, Self
 
 from engine import chain, middleware, registry
@@ -76,7 +77,7 @@ class Instance:
     opened_at: float = field(default_factory=time.time)
     counters: Counters = field(default_factory=Counters)
     last_error: str | None = None
-    _processes: OrderedDict[int, tuple[float, Process, Hashable]] = field(default_factory=OrderedDict)
+    _processes: OrderedDict[int, tuple[float, Process]] = field(default_factory=OrderedDict)
     _pids: tuple[float, list[int]] = (float("-inf"), [])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -138,10 +139,11 @@ class Instance:
         now = time.monotonic()
         process = layer.process(pid)
         with self._lock:
-            self._processes[pid] = (now, process, process.identity)
+            self._processes[pid] = (now, process)
             self._processes.move_to_end(pid)
-            while len(self._processes) > PROCESS_LIMIT:
-                self._processes.popitem(last=False)
+            for old, (since, _) in list(islice(self._processes.items(), 8)):
+                if len(self._processes) > PROCESS_LIMIT or not self._fresh(since):
+                    del self._processes[old]
         return process
 
     def process_of(self, pid: int, identity: Hashable) -> Process:

@@ -10,7 +10,10 @@ a mapping may have to be waited for. No byte and no mapping is.
 from __future__ import annotations
 
 import struct
+import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import pread, preadv
@@ -43,12 +46,35 @@ from engine.types import ADDRESS_SPACE, Extent
 WAIT_AGE = 1.0
 """Seconds for which `may_block` is believed; longer where looking takes more than a twentieth of it."""
 
+OPEN_LIMIT = 128
+"""Memories that hold their four descriptors at one time: half of what a process may usually open."""
+
 T = TypeVar("T")
 
 _U16 = struct.Struct("<H").unpack
 _U32 = struct.Struct("<I").unpack
 _U64 = struct.Struct("<Q").unpack
 _OFFSET_MASK = PAGE_SIZE - 1
+
+
+class _Opened:
+    """The memories that hold descriptors: above the limit those opened first let go of theirs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memories: deque[weakref.ref[NativeMemory]] = deque()
+
+    def add(self, memory: NativeMemory) -> None:
+        """It has opened its descriptors."""
+        with self._lock:
+            self._memories.append(weakref.ref(memory))
+            while len(self._memories) > OPEN_LIMIT:
+                first = self._memories.popleft()()
+                if first is not None and first is not memory:
+                    first.close()
+
+
+_opened = _Opened()
 
 
 class NativeMemory(Memory):
@@ -73,7 +99,7 @@ class NativeMemory(Memory):
         return ADDRESS_SPACE
 
     def close(self) -> None:
-        """Drop the descriptors; they are closed when the last reader is done, and opened again on use."""
+        """Drop the descriptors; they are closed when the last reader is done, and opened again on next use."""
         self._files = None
 
     # -- what may wait ------------------------------------------------------------------------------------
@@ -108,6 +134,7 @@ class NativeMemory(Memory):
             files, keep = open_descriptors(self._directory, writable=self.writable)
             if keep:
                 self._files = files
+                _opened.add(self)
         return files
 
     def _attempt(self, address: int, action: Callable[[Descriptors], T]) -> T:
