@@ -26,7 +26,7 @@ def as_nobody(code: str, *arguments: str, timeout: float = 20) -> str:
     """
     program = (
         "import os, sys\nimport engine, engine.targets, engine.file_memory, engine.connectors.raw\n"
-        "import engine.oslayers.native\n"
+        "import engine.oslayers.native.modules\n"
         "if os.geteuid() == 0:\n    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n" + textwrap.dedent(code)
     )
     done = subprocess.run(

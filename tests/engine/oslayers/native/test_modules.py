@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from elf_samples import compiled
 from readelf import Readelf, by_place
+from support import as_nobody
 
 from engine.errors import AccessDeniedError, ProcessExitedError
 from engine.formats.elf import VDSO, LoadedImage, loaded_images
@@ -329,6 +330,27 @@ def test_where_memory_may_not_be_read_mapped_code_is_listed_and_the_file_read(pr
     assert found[0].info.path == listed[0].info.path
     assert found[0].info.architecture is None
     assert {module.info.path for module in of_file(listed)} <= {module.info.path for module in found}
+
+
+def test_a_plain_user_sees_modules_exports_and_sections_of_his_processes(listed):
+    text = as_nobody("""
+        from engine.oslayer import Base
+        from engine.oslayers.native import NativeLayer
+        (wait, end), (said, say) = os.pipe(), os.pipe()
+        moved = [(os.POSIX_SPAWN_DUP2, wait, 0), (os.POSIX_SPAWN_DUP2, say, 1)]
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", "echo; read line"], {}, file_actions=moved)
+        os.read(said, 1)
+        for module in NativeLayer.open(Base(), {}).process(pid).modules():
+            sections, exports = list(module.sections()), list(module.exports())
+            print(module.info.name, module.info.build_id, len(exports), *(section.name for section in sections))
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    """)
+    libc = named(listed, "libc.so")
+    oracle = Readelf(libc.info.path)
+    line = next(line.split() for line in text.splitlines() if line.startswith("libc.so"))
+    assert line[1:3] == [oracle.build_id(), str(len(oracle.exports()))]
+    assert line[3:] == [name for name, _, _ in oracle.sections()]
 
 
 def test_modules_of_a_process_that_has_ended_are_an_error(layer):
