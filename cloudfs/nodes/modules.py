@@ -159,7 +159,7 @@ def _table(module: ModuleContext, name: str, lines: Callable[[], Iterator[str]])
 
 @module_entry("sections")
 def sections(module: ModuleContext) -> Node | None:
-    """One file for each of its sections, or of its segments where sections are not known."""
+    """One file for each section, or for each segment where sections are not known."""
     return SectionsDirectory(module) if _is_mapped(module) else None
 
 
