@@ -61,7 +61,10 @@ class MountOptions:
     nonempty: bool = False
     """Mount over a directory that has something in it."""
     auto_unmount: bool = True
-    """Have the FUSE helper unmount when the daemon was killed; one small process more."""
+    """Have the FUSE helper unmount when the daemon was killed; one small process more.
+
+    The helper of libfuse 3.14.0 does so for root alone: it may not look at the mount of another user.
+    """
     fast_loop: bool = True
     """See `cloudfs.fast_loop`."""
     spin: float = 0.0
@@ -123,13 +126,13 @@ def mount(
     try:
         return trio.run(_serve, root, mountpoint, options, ready, counters, activity)
     except BaseExceptionGroup as group:
-        raise _only_error(group) from None
+        raise _first_error(group) from None
 
 
-def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """What nurseries have wrapped; an OSError is that of the connection."""
     error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+    while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError):
         return MountError(f"the mount has ended: its connection to the kernel failed ({error.strerror or error})")
@@ -147,10 +150,11 @@ async def _serve(
     words = options.words()
     check_device()
     where = mountpoints.prepare(path, nonempty=options.nonempty)
+    connection = Connection()
+    watchdog = Watchdog(connection.abort, options.stall_limit, activity)
+    ending = _Ending()
     async with contextlib.AsyncExitStack() as stack:
-        connection = Connection()
-        watchdog = Watchdog(connection.abort, options.stall_limit, activity)
-        ending = _Ending()
+        stack.enter_context(_told_of_stall(watchdog, where))
         operations = TreeOperations(
             root,
             timeout=options.timeout,
@@ -174,12 +178,20 @@ async def _serve(
         await pyfuse3.main(min_tasks=SPARE_TASKS, max_tasks=MAX_TASKS)
         if options.self_check:
             operations.inodes.check()
-    if watchdog.fired:
-        raise MountError(
-            f"{where} was unmounted: one request had held up all others for {options.stall_limit:g} s; "
-            "the log says where"
-        )
     return ending.signal
+
+
+@contextlib.contextmanager
+def _told_of_stall(watchdog: Watchdog, where: str) -> Iterator[None]:
+    """MountError at the end where the watchdog fired, whatever else came of it."""
+    try:
+        yield
+    finally:
+        if watchdog.fired:
+            raise MountError(
+                f"{where} was unmounted: one request had held up all others for {watchdog.limit:g} s; "
+                "the log says where"
+            ) from None
 
 
 async def _begin(
