@@ -13,6 +13,7 @@ import errno
 import os
 import platform
 import signal
+from collections.abc import Callable
 
 from engine.errors import AccessDeniedError
 from engine.oslayers.native.mappings import (
@@ -47,11 +48,14 @@ class Descriptors:
         self.scanner: Scanner | None = None
         self.vectors = False
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close, error: type[OSError] = OSError) -> None:
+        # Bound as defaults: at the end of the interpreter the names of the module are gone first.
         for descriptor in (self.mem, self.pagemap, self.maps, self.pidfd):
             if descriptor >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+                try:  # noqa: SIM105
+                    close(descriptor)
+                except error:
+                    pass
 
     def alive(self) -> bool:
         """Whether the address space still exists; one read of 8 bytes."""
