@@ -73,6 +73,7 @@ def unprivileged(*words: str, limit: float = LIMIT) -> subprocess.CompletedProce
     code = (
         "import os, sys; from cloudfs.cli import main; out = sys.stdout; sys.stdout = open(os.devnull, 'w');"
         "main(['maps', str(os.getpid())]); main(['plugins']); sys.stdout = out\n"
+        "if sys.argv[1] == 'mount': import queue, cloudfs.mount, cloudfs.nodes.root\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -38,10 +38,9 @@ Figures = tuple[int, int, int, int, int]
 class StatusLine:
     """One line at the bottom of a terminal, as long as the context; `write` prints lines above it."""
 
-    def __init__(self, terminal: TextIO, log: TextIO, title: str, counters: Counted, width: Callable[[], int]) -> None:
+    def __init__(self, terminal: TextIO, log: TextIO, counters: Counted, width: Callable[[], int]) -> None:
         self._terminal = terminal
         self._log = log
-        self._title = title
         self._counters = counters
         self._width = width
         self._lock = threading.Lock()
@@ -107,7 +106,7 @@ class StatusLine:
             parts.append(f"{writes:,} writes, {human_size(bytes_written)}")
         if errors:
             parts.append(f"{errors:,} errors")
-        self._put(_CLEAR + clip(f"{self._title}: {', '.join(parts)}; Ctrl-C unmounts", self._width() - 1))
+        self._put(_CLEAR + clip(f"{', '.join(parts)}; Ctrl-C unmounts", self._width() - 1))
 
     def _put(self, text: str) -> None:
         try:

@@ -173,7 +173,7 @@ class _Session:
             if target.instance.kind != "oslayer":
                 output.say(f"{target.instance.last_error}; its connector is mounted alone")
             counters = Counters()
-            status = _status_line(self._title(target), counters, output) if background is None else None
+            status = _status_line(counters, output) if background is None else None
 
             def ready() -> None:
                 log.info("%s", self._title(target))
@@ -229,14 +229,13 @@ class _Session:
         return escape_terminal(f"{self._title(target)}, {how}{until}") + "\n"
 
 
-def _status_line(title: str, counters: Counters, output: Output) -> StatusLine | None:
+def _status_line(counters: Counters, output: Output) -> StatusLine | None:
     """The status line, where there is a terminal to show it."""
     from cloudfs.commands._status import StatusLine
-    from cloudfs.render import escape_terminal
 
     if output.json or not output.terminal:
         return None
-    return StatusLine(sys.stdout, sys.stderr, escape_terminal(title), counters, lambda: output.width)
+    return StatusLine(sys.stdout, sys.stderr, counters, lambda: output.width)
 
 
 @contextlib.contextmanager
