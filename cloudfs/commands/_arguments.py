@@ -1,6 +1,6 @@
 """The words of the command line: options that every command knows, and what TARGET, PID and SPACE mean.
 
-Nothing heavy is imported here: usage errors and help must not wait for the engine.
+Nothing heavy is imported here: `cloudfs mount --daemon` forks before it imports the engine.
 """
 
 from __future__ import annotations
