@@ -28,7 +28,7 @@ from harness.machine import (
     Tools,
     build,
     describe,
-    pinned,
+    measuring,
     quietest_cpu,
     scratch_directory,
     unwinding_on_signals,
@@ -336,7 +336,7 @@ def main() -> int:
     try:
         with unwinding_on_signals(), scratch_directory(size) as directory:
             bench = Bench(build(directory, fuse=False), directory, size, rounds)
-            with pinned(None if arguments.unpinned else quietest_cpu()):
+            with measuring(None if arguments.unpinned else quietest_cpu()):
                 for name in arguments.only or SECTIONS:
                     tables += SECTIONS[name](bench)
     except CannotMeasureError as error:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.machine import CannotMeasureError, cloudfs_program, describe, pinned, quietest_cpu
+from harness.machine import CannotMeasureError, cloudfs_program, describe, measuring, quietest_cpu
 
 LIMIT = 30.0
 FIRST_LINE_GOAL_MS = 300.0
@@ -150,7 +150,7 @@ def main() -> int:
     rounds = arguments.rounds or (5 if arguments.quick else 15)
     try:
         timed = commands()
-        with pinned(quietest_cpu()):
+        with measuring(quietest_cpu()):
             for number in range(rounds + 1):
                 for command in timed:
                     command.run()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.machine import CannotMeasureError, Tools, pinned
+from harness.machine import CannotMeasureError, Tools, measuring
 
 START_LIMIT = 30.0
 STOP_LIMIT = 10.0
@@ -64,7 +64,7 @@ def mounted(name: str, command: Sequence[str], mountpoint: Path, cpu: int | None
     """The file system that `command` mounts (in the foreground) on `mountpoint`, gone afterwards."""
     mountpoint.mkdir()
     log = mountpoint.with_suffix(".log")
-    with pinned(cpu), log.open("wb") as output:
+    with measuring(cpu), log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     daemon = Daemon(name, process, mountpoint, log)
     try:

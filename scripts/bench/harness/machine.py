@@ -118,19 +118,17 @@ def quietest_cpu() -> int:
 
 
 @contextlib.contextmanager
-def pinned(cpu: int | None) -> Iterator[None]:
-    """Everything started inside runs on `cpu` alone, before all others where this user may say so (root).
+def measuring(cpu: int | None) -> Iterator[None]:
+    """What is started inside goes before all other programs, where this user may say so (root), and on one CPU.
 
-    None changes nothing.
+    With None it may run on any.
     """
-    if cpu is None:
-        yield
-        return
     affinity, niceness = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
     try:
-        os.sched_setaffinity(0, {cpu})
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, URGENT)
+        if cpu is not None:
+            os.sched_setaffinity(0, {cpu})
         yield
     finally:
         os.sched_setaffinity(0, affinity)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.daemons import Daemon, abort
-from harness.machine import CannotMeasureError, Tools, busy_seconds, pinned, process_seconds
+from harness.machine import CannotMeasureError, Tools, busy_seconds, measuring, process_seconds
 from harness.table import Goal, Row, Table
 
 CLIENT_LIMIT = 120.0
@@ -163,7 +163,7 @@ class Runner:
     def client(self, words: Sequence[object], cpu: int | None, daemon: Daemon | None) -> dict[str, float]:
         """The answer of one run of the client. A daemon that hangs is aborted; what failed is told."""
         command = [str(self.tools.client), *map(str, words)]
-        with pinned(cpu):
+        with measuring(cpu):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             output, errors = process.communicate(timeout=CLIENT_LIMIT)
