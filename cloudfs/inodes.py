@@ -89,7 +89,9 @@ class InodeTable:
         if entry is None:
             entry = self._add(identity, node, parent, name)
         elif type(entry.node) is not type(node):
-            raise BrokenNodeError(f"{entry.node!r} and {node!r} have one identity, {identity!r}")
+            raise BrokenNodeError(
+                f"{type(node).__name__} {identity!r} has the identity of a {type(entry.node).__name__}"
+            )
         entry.lookups += 1
         return entry
 

@@ -54,7 +54,9 @@ def snapshot(directory: Directory) -> Snapshot:
                 continue
             found[raw] = node
             if len(found) > MAX_CHILDREN:
-                raise BrokenNodeError(f"{directory.identity!r} has more than {MAX_CHILDREN} children")
+                raise BrokenNodeError(
+                    f"{type(directory).__name__} {directory.identity!r} has more than {MAX_CHILDREN} children"
+                )
     except Exception as raised:
         error = raised
     return Snapshot(list(found.items()), skipped, error)

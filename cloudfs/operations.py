@@ -108,11 +108,13 @@ class Handle:
 class Listing:
     """An open directory: a snapshot, so that offsets mean the same in every readdir of one pass."""
 
-    __slots__ = ("children", "entry", "hangs")
+    __slots__ = ("begun", "children", "entry", "hangs")
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, children: list[tuple[bytes, Node]]) -> None:
         self.entry = entry
-        self.children: list[tuple[bytes, Node]] | None = None
+        self.children = children
+        self.begun = False
+        """It was read from: whoever reads from its start again wants a new snapshot."""
         self.hangs = False
         """The attributes of a child did not come in time: no more are waited for."""
 
@@ -175,7 +177,7 @@ class TreeOperations(pyfuse3.Operations):
         self._shown = EntryAttributes()
         self._shown_attributes: Attributes | None = None
         self._shown_time: int | None = None
-        self._bug_places: dict[tuple[type[BaseException], str, int], int] = {}
+        self._bug_places: dict[tuple[type[BaseException], str, str, int], int] = {}
 
     def init(self) -> None:
         """The first request of the connection."""
@@ -201,7 +203,8 @@ class TreeOperations(pyfuse3.Operations):
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
-        place = (type(error), at.tb_frame.f_code.co_filename if at else "", at.tb_lineno if at else 0)
+        whose = str(error).partition(" ")[0] if isinstance(error, BrokenNodeError) else ""
+        place = (type(error), whose, at.tb_frame.f_code.co_filename if at else "", at.tb_lineno if at else 0)
         if len(self._bug_places) > BUG_PLACES:
             self._bug_places.clear()
         count = self._bug_places[place] = self._bug_places.get(place, 0) + 1
@@ -283,7 +286,7 @@ class TreeOperations(pyfuse3.Operations):
         if child is None:
             raise NotFoundError(f"{os.fsdecode(name)!r} does not exist")
         if not isinstance(child, Node):
-            raise BrokenNodeError(f"a child is {child!r:.80}, not a node")
+            raise BrokenNodeError(f"{_name(directory)} has the child {child!r:.80}, which is no node")
         entry = self.inodes.remember(parent, name, child)
         node = entry.node
         try:
@@ -326,28 +329,33 @@ class TreeOperations(pyfuse3.Operations):
             raise InvalidArgumentError(f"{node.identity!r} is not a link")
         text = os.fsencode(await self._call(node, "readlink", node.target))
         if not 0 < len(text) <= MAX_LINK or b"\0" in text:
-            raise BrokenNodeError(f"the text of {node.identity!r} cannot be that of a link: {text[:80]!r}")
+            raise BrokenNodeError(f"{_name(node)} leads to {text[:80]!r}, which no link can")
         return text
 
     # -- directories -------------------------------------------------------------------------------------
 
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """A handle; the children are asked for by the first readdir."""
+        """A handle on a snapshot of the children.
+
+        It is taken here, as /proc checks permissions here: programs expect errors of opendir(3). One of
+        readdir(3) makes ripgrep 13 ask again for ever.
+        """
         entry = self.inodes.entry(inode)
-        self._directory(entry)
+        listing = Listing(entry, await self._children(entry))
         self._last_handle += 1
-        self._listings[self._last_handle] = Listing(entry)
+        self._listings[self._last_handle] = listing
         return self._last_handle
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Reply with the children from number `start_id` on, as many as the kernel's buffer takes."""
         listing = self._listings[fh]
-        children = listing.children
-        if children is None or start_id == 0:
-            children = listing.children = await self._children(listing.entry)
+        if start_id == 0 and listing.begun:
+            listing.children = await self._children(listing.entry)
             listing.hangs = False
+        listing.begun = True
+        children = listing.children
         first = max(0, start_id - len(DOTS))
         batch = children[first : first + READDIR_BATCH]  # the kernel asks again for those behind it
         waited = await self._blocking_attributes(listing, batch)
@@ -466,7 +474,7 @@ class TreeOperations(pyfuse3.Operations):
             raise PermissionError(f"{node.identity!r} can be neither truncated nor appended to")
         file = await self._call(node, "open", functools.partial(node.open, flags), RELEASE)
         if not isinstance(file, OpenFile):
-            raise BrokenNodeError(f"{node.identity!r} opened as {type(file).__name__}, not as an OpenFile")
+            raise BrokenNodeError(f"{_name(node)} opened as {file!r:.80}, which is no OpenFile")
         self._last_handle += 1
         self._handles[self._last_handle] = Handle(node, file)
         return FileInfo(fh=self._last_handle, direct_io=file.direct_io, keep_cache=file.keep_cache)
@@ -491,9 +499,9 @@ class TreeOperations(pyfuse3.Operations):
             elif type(data) is bytes:
                 length = len(data)
             else:
-                raise BrokenNodeError(f"a read of {handle.node.identity!r} gave {data!r:.80}")
+                raise BrokenNodeError(f"{_name(handle.node)} gave {data!r:.80} when read")
             if length > size:
-                raise BrokenNodeError(f"a read of {size} bytes of {handle.node.identity!r} gave {length}")
+                raise BrokenNodeError(f"{_name(handle.node)} gave {length} bytes when {size} were read")
             counters = self.counters
             counters.reads += 1
             counters.bytes_read += length
@@ -531,7 +539,7 @@ class TreeOperations(pyfuse3.Operations):
             finally:
                 self.watchdog.leave()
         if type(count) is not int or not (0 < count <= len(buf) or count == len(buf)):
-            raise BrokenNodeError(f"a write of {len(buf)} bytes to {handle.node.identity!r} gave {count!r:.80}")
+            raise BrokenNodeError(f"{_name(handle.node)} took {count!r:.80} of {len(buf)} bytes written")
         self.counters.writes += 1
         self.counters.bytes_written += count
         return count
@@ -583,6 +591,10 @@ class TreeOperations(pyfuse3.Operations):
         self.refuse(PermissionError("nothing can be made, removed or renamed here"), "a change of the tree")
 
     create = mkdir = mknod = symlink = link = unlink = rename = _not_permitted
+
+
+def _name(node: Node) -> str:
+    return f"{type(node).__name__} {node.identity!r}"
 
 
 def _invalidate(parent: int, name: bytes) -> None:
