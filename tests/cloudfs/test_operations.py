@@ -330,6 +330,18 @@ def test_a_listing_that_fails_before_its_first_child_gives_the_error() -> None:
     kernel.end()
 
 
+def test_a_directory_that_cannot_be_listed_cannot_be_opened() -> None:
+    # ripgrep 13 asks readdir(3) for the next entry for ever where that fails.
+    class Failing(Folder):
+        def children(self) -> Iterator[tuple[str, Node]]:
+            raise PermissionError(errno.EACCES, "not yours")
+
+    kernel = kernel_of({"failing": Failing("failing", {})})
+    inode = kernel.inode("failing")
+    assert kernel.errno(lambda: kernel.run(kernel.operations.opendir(inode, CONTEXT))) == errno.EACCES
+    kernel.end()
+
+
 def test_a_rewound_directory_is_listed_anew() -> None:
     children: dict[str, Node] = {"a": Text("a", "")}
     kernel = kernel_of(children)
