@@ -18,6 +18,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def configure_logging(verbose: int, file: str | None) -> None:
         handlers=[handler], level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], force=True
     )
     logging.captureWarnings(capture=True)
+    logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -124,13 +126,14 @@ def main(words: Sequence[str] | None = None) -> int:
     # numpy's threads for matrices have nothing to do here, and take 0.1 s of CPU to start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name: str | None = None
+    words = sys.argv[1:] if words is None else words
     try:
         _prepare_streams()
-        name, rest = split_command(sys.argv[1:] if words is None else words)
+        name, rest = split_command(words)
         code = _run(name, rest)
         flush()
     except BaseException as error:  # the one boundary: whatever happened becomes a sentence and a code
-        code = _failed(name, error)
+        code = _failed(name, error, no_color="--no-color" in words)
     return code
 
 
@@ -200,26 +203,28 @@ def sentence(error: BaseException) -> str:
     return f"this is a fault of cloudfs ({text}); please report it with the log of -vv --log-file FILE"
 
 
-def _failed(name: str | None, error: BaseException) -> int:
+def _failed(name: str | None, error: BaseException, *, no_color: bool) -> int:
     """Say what went wrong, and give the exit code."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever presses Ctrl-C twice wants no traceback either
     log.debug("cloudfs %s failed", name, exc_info=error)
-    name = name if name in command_names() else None
     if isinstance(error, KeyboardInterrupt):
-        _drop_output(flush=True)
+        _drop_output(flush=False)  # a pager that reads no more would make us wait
         return Exit.INTERRUPTED
+    name = name if name in command_names() else ""
     if isinstance(error, UsageError):  # before anything heavy is imported
-        _say(name, f"{error}; `cloudfs {name + ' ' if name else ''}--help` shows how it is written")
+        _say(name, f"{error}; `cloudfs {name + ' ' if name else ''}--help` shows how it is written", no_color)
         return Exit.USAGE
     _drop_output(flush=not isinstance(error, OutputError))
     if isinstance(error, ReaderGoneError):
         return Exit.DONE
-    _say(name, sentence(error))
+    _say(name, sentence(error), no_color)
     return exit_code(error)
 
 
-def _say(name: str | None, text: str) -> None:
+def _say(name: str, text: str, no_color: bool) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody may be listening
-        say(name or "", text, no_color="--no-color" in sys.argv)
+        say(name, text, no_color=no_color)
 
 
 def _drop_output(*, flush: bool) -> None:

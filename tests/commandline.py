@@ -12,6 +12,7 @@ import logging
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def cloudfs(
 def in_process(*words: str) -> subprocess.CompletedProcess[bytes]:
     """The same without a process of its own, ten times as fast: for tables of what goes wrong."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, raises = root.handlers[:], root.level, logging.raiseExceptions
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with tempfile.TemporaryFile("w+") as shown, tempfile.TemporaryFile("w+") as said:
         try:
             with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
@@ -59,6 +61,8 @@ def in_process(*words: str) -> subprocess.CompletedProcess[bytes]:
             logging.captureWarnings(capture=False)
             root.handlers[:] = handlers
             root.setLevel(level)
+            logging.raiseExceptions = raises
+            signal.signal(signal.SIGINT, on_interrupt)
         printed = []
         for stream in (shown, said):
             stream.flush()

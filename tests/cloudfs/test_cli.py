@@ -199,6 +199,11 @@ def test_with_vv_the_traceback_is_in_the_log_and_only_there(tmp_path):
     assert "Traceback" in log.read_text()
 
 
+def test_a_log_that_cannot_be_written_is_no_traceback():
+    done = cloudfs("-v", "-v", "--log-file", "/dev/full", "plugins")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_log_is_appended_to(tmp_path):
     log = tmp_path / "log"
     log.write_text("before\n")
@@ -291,7 +296,7 @@ def test_only_mount_imports_pyfuse3_and_trio(words):
     assert found in ("[]", "['importlib.metadata']" if words in ("plugins", "targets") else "[]")
 
 
-def test_usage_and_help_do_not_wait_for_numpy():
+def test_the_tour_and_what_mount_forks_from_do_not_import_numpy():
     code = "import sys; from cloudfs.cli import main; main(sys.argv[1:]); sys.exit('numpy' in sys.modules)"
     for words in ([], ["--version"], ["mount", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, timeout=60, check=False)
