@@ -83,9 +83,16 @@ class Kept:
             if weight <= self.budget // 8 and not (instance is not None and instance.closed):
                 shelf.items[key] = (now, expires, weight, value)
                 shelf.weight += weight
-            while shelf.weight > self.budget:
+            while shelf.weight > self.budget or self._stale(instance, shelf, now):
                 shelf.weight -= shelf.items.popitem(last=False)[1][2]
         return value
+
+    @staticmethod
+    def _stale(instance: Instance | None, shelf: _Shelf, now: float) -> bool:
+        """Whether the first item is too old to be of use: it may hold a module, and that a process's descriptors."""
+        if instance is None or not instance.live or len(shelf.items) < 2:
+            return False
+        return now - next(iter(shelf.items.values()))[0] > 2 * LIST_LIFETIME
 
     def get(
         self, instance: Instance, key: Hashable, make: Callable[[], T], weigh: Callable[[T], int] | None = None
