@@ -8,6 +8,7 @@ from cloudfs.nodes.contexts import ProcessContext, process_entry
 from cloudfs.nodes.directories import EntryDirectory
 from cloudfs.nodes.files.memory import MemoryFile
 from cloudfs.nodes.files.text import info_file, json_file
+from cloudfs.nodes.kept import KEPT
 from cloudfs.nodes.modules import ModulesDirectory
 from cloudfs.nodes.regions import RegionsDirectory, open_range
 
@@ -38,8 +39,8 @@ def info_json(process: ProcessContext) -> Node | None:
 
 
 def record(process: ProcessContext) -> render.Record:
-    """What `info` and `info.json` tell."""
-    return render.process_record(process.process().info)
+    """What `info` and `info.json` tell: one record where they are asked for together."""
+    return KEPT.get(process.instance, ("record", process.key), lambda: render.process_record(process.process().info))
 
 
 @process_entry("mem")

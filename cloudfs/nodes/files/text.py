@@ -4,6 +4,11 @@ tar, rsync and cp believe st_size. So what renders in less than a millisecond is
 and the open that follows gets the same bytes: the kernel is told to believe sizes for half a second, and a
 rendering lives for one. What is dearer (`sized=False`) says 0, as /proc does, and README lists it. All are
 direct I/O: pages of two snapshots never mix.
+
+Every listing asks for the attributes of every child (READDIRPLUS), so the eight text files of a process are
+rendered when its directory is listed: 0.3 ms together, maps of 350 regions 0.45 ms more (measured). That was found
+cheap enough, since nothing is rendered for the list of processes itself, and what looks into a process's address
+space is done in a thread, one for a whole directory.
 """
 
 from __future__ import annotations
