@@ -58,8 +58,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.watchdog": ("cloudfs.mountpoint",),
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
+    "cloudfs.bug_log": ("cloudfs.node",),
     "cloudfs.operations": (
         "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
+        "cloudfs.bug_log",
     ),
     "cloudfs.mount": ("cloudfs.operations", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
     "cloudfs.daemon": ("engine.errors",),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from engine.chain import Command, Spec, parse_command, parse_spec
-from engine.errors import InvalidArgumentError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from engine.chain import Command, Spec, parse_command, parse_spec
+from engine.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize(

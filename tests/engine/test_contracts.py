@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+
 from engine import registry
 from engine.connector import Connector
 from engine.connectors.dummy import made_bytes

@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from engine.errors import ConnectorClosedError, FaultError, InvalidArgumentError
 from engine.file_memory import FileMemory
 from engine.testing import Truth, check_memory, check_writes
@@ -169,6 +170,6 @@ def test_a_file_of_64_tebibytes_is_read_at_its_far_end(tmp_path):
         assert not memory.gather(np.array([(1 << 46) - 4], np.uint64), out)
         assert out.tobytes() == b"last"
         assert len(list(memory.extents())) == 1
-        assert list(memory.extents())[0] == Extent((1 << 46) - 4096, 4096)
+        assert next(iter(memory.extents())) == Extent((1 << 46) - 4096, 4096)
     finally:
         os.unlink(name)

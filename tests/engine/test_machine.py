@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from support import as_nobody
+
 from engine.chain import Spec
 from engine.connector import Connector
 from engine.errors import (
@@ -21,7 +23,6 @@ from engine.memory_map import MemoryMap
 from engine.oslayer import OsLayer, Process
 from engine.targets import chain_of, open_target
 from engine.types import ConnectorInfo, OsInfo, ProcessInfo
-from support import as_nobody
 
 CLOSED: list[str] = []
 

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+
 from engine.errors import FaultError, FaultKind, InvalidArgumentError, PagedOutError, ReadOnlyError
 from engine.memory import BytesMemory, Faults, Memory, fault
 from engine.testing import SlowMemory, Truth, check_memory, check_writes

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from engine.errors import FaultError, InvalidArgumentError
 from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.testing import Truth, check_memory, check_writes
 from engine.types import Extent
-from hypothesis import given
-from hypothesis import strategies as st
 
 DATA = os.urandom(0x9000)
 # target   0x1000    0x3000    0x4000          0x9000    0xa000
@@ -65,7 +67,7 @@ def test_the_file_format_is_memflows():
 @given(st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(1, 1 << 20), st.integers(0, 1 << 40)), max_size=8))
 def test_written_and_read_a_map_is_the_same_or_overlaps(entries):
     ranges = sorted(MapRange(*entry) for entry in entries)
-    if any(a.stop > b.base for a, b in zip(ranges, ranges[1:], strict=False)):
+    if any(a.stop > b.base for a, b in itertools.pairwise(ranges)):
         with pytest.raises(InvalidArgumentError, match="overlap"):
             MemoryMap(ranges)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from engine.errors import InvalidArgumentError
 from engine.numbers import parse_number
 

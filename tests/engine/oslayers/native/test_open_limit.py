@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from support import require
+
 from engine.oslayer import Base
 from engine.oslayers.native import NativeLayer, memory
-from support import require
 
 
 def test_the_memories_opened_first_let_go_of_their_descriptors_and_open_them_again_on_use(monkeypatch):
