@@ -268,15 +268,34 @@ class Connection:
     @contextlib.contextmanager
     def open(self, operations: TreeOperations, where: str, words: set[str]) -> Iterator[None]:
         """Mount; at the end unmount, also where the connection was aborted from outside."""
-        _init(operations, where, words)
+        before = _descriptors()
+        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.entry = mountpoints.find_mount(where)
-            self._descriptor = _session_descriptor()
-            yield
+            _init(operations, where, words)
+            try:
+                self.entry = mountpoints.find_mount(where)
+                self._adopt({number: text for number, text in _descriptors().items() if number not in before}, lowest)
+                yield
+            finally:
+                entry, self.entry, self._descriptor = self.entry, None, None
+                pyfuse3.close(unmount=True)
+                _detach_rest(entry)
         finally:
-            entry, self.entry, self._descriptor = self.entry, None, None
-            pyfuse3.close(unmount=True)
-            _detach_rest(entry)
+            os.close(lowest)
+
+    def _adopt(self, made: dict[int, str], lowest: int) -> None:
+        """Note the connection's descriptor, and give the socket to the FUSE helper the number `lowest`.
+
+        The helper unmounts when its socket is closed, unless the mount still seems to live. When a process is
+        killed, the kernel finishes with its descriptors from the highest number to the lowest (task_work_run
+        goes backwards since 4.3): the connection has to have the higher one.
+        """
+        for number, text in made.items():
+            if text == DEVICE:
+                self._descriptor = number
+            elif text.startswith("socket:"):
+                os.dup2(number, lowest, inheritable=False)
+                os.close(number)
 
     def set_read_ahead(self) -> None:
         """Let the kernel read 1 MiB ahead in cached files; needs root, and goes without."""
@@ -341,13 +360,12 @@ def _init(operations: TreeOperations, where: str, words: set[str]) -> None:
         os.close(caught)
 
 
-def _session_descriptor() -> int | None:
-    """The newest descriptor of /dev/fuse in this process."""
-    found = None
-    for name in sorted(os.listdir("/proc/self/fd"), key=int):
+def _descriptors() -> dict[int, str]:
+    """The open descriptors of this process, and what they are."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == DEVICE:
-                found = int(name)
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
     return found
 
 

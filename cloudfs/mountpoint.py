@@ -185,8 +185,7 @@ def unmount(path: str | os.PathLike[str], *, force: bool = False) -> None:
         )
     if force:
         abort(entry)
-        if find_mount(entry.mountpoint) == entry:
-            detach(entry.mountpoint)
+        _detach_if_there(entry)  # a daemon that lives unmounts it too
         return
     try:
         _unmount(entry.mountpoint, lazily=False)
@@ -197,6 +196,15 @@ def unmount(path: str | os.PathLike[str], *, force: bool = False) -> None:
                 "directories, or end it for everyone with --force"
             ) from None
         detach(entry.mountpoint)
+
+
+def _detach_if_there(entry: MountEntry) -> None:
+    try:
+        if find_mount(entry.mountpoint) == entry:
+            detach(entry.mountpoint)
+    except (OSError, EngineError):
+        if find_mount(entry.mountpoint) == entry:
+            raise
 
 
 def _unmount(mountpoint: str, *, lazily: bool) -> None:

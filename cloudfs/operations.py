@@ -32,6 +32,7 @@ from pyfuse3 import (
 )
 
 from cloudfs import errno_table
+from cloudfs.bug_log import BugLog
 from cloudfs.inodes import DEFAULT_BOUND, Entry, InodeTable
 from cloudfs.listing import attributes_of, only_type, snapshot
 from cloudfs.node import (
@@ -57,9 +58,6 @@ MAX_LINK = 4095
 DOTS = (b".", b"..")
 READDIR_BATCH = 256
 """Children whose attributes are asked for in one thread; a readdir reply holds about 200."""
-BUG_PLACES = 1000
-"""Places in the code whose bugs are told apart in the log."""
-
 RELEASE = operator.methodcaller("release")
 
 P = ParamSpec("P")
@@ -177,7 +175,7 @@ class TreeOperations(pyfuse3.Operations):
         self._shown = EntryAttributes()
         self._shown_attributes: Attributes | None = None
         self._shown_time: int | None = None
-        self._bug_places: dict[tuple[type[BaseException], str, str, int], int] = {}
+        self._bugs = BugLog()
 
     def init(self) -> None:
         """The first request of the connection."""
@@ -198,18 +196,9 @@ class TreeOperations(pyfuse3.Operations):
         raise FUSEError(errno_table.errno_of(error)) from None
 
     def report_bug(self, error: BaseException, what: str) -> None:
-        """Log a bug with its traceback: the 1st, 10th, 100th … of one place in the code."""
+        """Count a bug, and log it."""
         self.counters.bugs += 1
-        at = error.__traceback__
-        while at is not None and at.tb_next is not None:
-            at = at.tb_next
-        whose = str(error).partition(" ")[0] if isinstance(error, BrokenNodeError) else ""
-        place = (type(error), whose, at.tb_frame.f_code.co_filename if at else "", at.tb_lineno if at else 0)
-        if len(self._bug_places) > BUG_PLACES:
-            self._bug_places.clear()
-        count = self._bug_places[place] = self._bug_places.get(place, 0) + 1
-        if str(count).strip("0") == "1":
-            log.error("%s met a bug (number %d of its kind)", what, count, exc_info=error)
+        self._bugs.report(error, what)
 
     # -- calling nodes -----------------------------------------------------------------------------------
 

@@ -105,11 +105,13 @@ def mounter() -> Iterator[Mounter]:
         made.append(Mounted(top / name, *words))
         return made[-1]
 
-    yield make
-    for mounted in made:
-        mounted.end()
-        assert not is_mounted(mounted.path)
-    shutil.rmtree(top)
+    try:
+        yield make
+    finally:
+        for mounted in made:
+            mounted.end()
+            assert not is_mounted(mounted.path)
+        shutil.rmtree(top)
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +121,16 @@ def shared() -> Iterator[Mounted]:
     top = Path(tempfile.mkdtemp(prefix="cloudfs-test-"))
     (top / "mount").mkdir()
     mounted = Mounted(top / "mount", "files=3000", "timeout=20")
-    assert mounted.ready, mounted.said()
-    yield mounted
-    assert (mounted / "text").read_text() == "hello\n"
-    mounted.end()
-    assert mounted.daemon.returncode == 0
-    assert "ERROR:pyfuse3" not in mounted.said()
-    shutil.rmtree(top)
+    try:
+        assert mounted.ready, mounted.said()
+        yield mounted
+        assert (mounted / "text").read_text() == "hello\n"
+        mounted.end()
+        assert mounted.daemon.returncode == 0
+        assert "ERROR:pyfuse3" not in mounted.said()
+    finally:
+        mounted.end()
+        shutil.rmtree(top)
 
 
 def shell(command: str, mounted: Mounted, limit: float = 30) -> subprocess.CompletedProcess[str]:
