@@ -11,8 +11,8 @@ The map of the package (every name here is imported on first use):
 
     >>> import engine, os
     >>> with engine.open_target("native") as machine:
-    ...     machine.default_os.layer.process(os.getpid()).info.name
-    'python...'
+    ...     machine.default_os.layer.process(os.getpid()).info.pid == os.getpid()
+    True
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WHERE = {
         "AccessDeniedError AlreadyExistsError BadDataError ConnectorClosedError EngineError FaultError FaultKind "
         "InvalidArgumentError NotFoundError NotRecognisedError PagedOutError PluginError ProcessExitedError "
         "ReadOnlyError ReadOnlyFaultError SourceFaultError TargetBusyError TargetGoneError TargetTimeoutError "
-        "UnsupportedError"
+        "UnsupportedError UnusableTargetError"
     ),
     "engine.types": (
         "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo ProcessInfo Region Rights SectionInfo "

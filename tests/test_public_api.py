@@ -18,7 +18,7 @@ FACE = {
     "NotRecognisedError", "OsInfo", "OsLayer", "PagedOutError", "PluginError", "ProcFiles", "Process",
     "ProcessExitedError", "ProcessInfo", "ReadOnlyError", "ReadOnlyFaultError", "Region", "Rights", "SectionInfo",
     "SourceFaultError", "Target", "TargetBusyError", "TargetGoneError", "TargetHints", "TargetTimeoutError",
-    "ThreadInfo", "UnsupportedError", "open_target",
+    "ThreadInfo", "UnsupportedError", "UnusableTargetError", "open_target",
 }  # fmt: skip
 
 

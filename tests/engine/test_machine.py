@@ -221,6 +221,7 @@ def test_lists_are_kept_for_a_second_and_no_longer(monkeypatch):
         ("oslayer", "x -c d auto", NotRecognisedError),
         ("oslayer", "x -c d guestos", NotRecognisedError),
         ("oslayer", "x -c d native", InvalidArgumentError),
+        ("oslayer", "x native:somewhere", InvalidArgumentError),
         ("connector", "d dummy", AlreadyExistsError),
         ("connector", "x raw", InvalidArgumentError),
         ("connector", "x raw:/no/such/file", NotFoundError),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Self
 
-from engine.errors import AccessDeniedError, NotRecognisedError, ProcessExitedError
+from engine.errors import AccessDeniedError, InvalidArgumentError, NotRecognisedError, ProcessExitedError
 from engine.oslayer import Base, Module, Options, OsLayer
 from engine.oslayers.native.process import NativeProcess
 from engine.oslayers.native.procfs import ProcDirectory
@@ -45,7 +45,9 @@ class NativeLayer(OsLayer):
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
-        """See `OsLayer.open`; writable where `base` is."""
+        """See `OsLayer.open`; writable where `base` is. Raises InvalidArgumentError where a target is named."""
+        if base.target:
+            raise InvalidArgumentError(f"native is this host and takes no target: leave {base.target!r} out")
         if not sys.platform.startswith("linux"):
             system = platform.system() or sys.platform
             raise NotRecognisedError(f"the OS layer native needs Linux; this is {system}")
