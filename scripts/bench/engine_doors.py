@@ -224,15 +224,15 @@ def process_pairs(memory: engine.Memory, holder: Holder, descriptor: int) -> Ite
         yield Pair(title, "us", by_remote, ours, len(places), at_most(goal))
     yield _copy_pair(memory, holder)
     remote = RemoteReader(holder.pid, 8)
-    for count in (FEW, MANY):
+    for count, bound in ((FEW, 2.5), (MANY, 1.5)):
         addresses = _addresses(count, holder.address, holder.size)
-        yield _words_pair("process_vm_readv by ctypes", memory, remote.words, addresses, at_most(2.0))
+        yield _words_pair("process_vm_readv by ctypes", memory, remote.words, addresses, at_most(bound))
 
     def loop(addresses: Addresses) -> Words:
         return np.array([_UNPACK(os.pread(descriptor, 8, a))[0] for a in addresses.tolist()], np.uint64)
 
     addresses = _addresses(FEW, holder.address, holder.size)
-    yield _words_pair("loop of os.pread", memory, loop, addresses, at_most(0.6))
+    yield _words_pair("loop of os.pread", memory, loop, addresses, at_most(0.75))
 
 
 def _copy_pair(memory: engine.Memory, holder: Holder) -> Pair:
