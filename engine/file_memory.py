@@ -122,6 +122,17 @@ class FileMemory(Memory):
         except OSError:
             return False  # EAGAIN: not cached. EOPNOTSUPP: not to be known. Others: `readinto` says them.
 
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """See `Memory.read_nowait`: of a file in memory, by one pread(2)."""
+        descriptor = self._descriptor
+        if self.backing is not Backing.MEMORY or descriptor is None:
+            return None
+        try:
+            data = os.pread(descriptor.number, size, address)
+        except (OSError, OverflowError):
+            return None
+        return data if len(data) == size else None
+
     def read(self, address: int, size: int) -> bytes:
         """See `Memory.read`."""
         if 0 <= address < _FILE_OFFSET_MAX:

@@ -37,6 +37,8 @@ Rows = npt.NDArray[np.uint8]
 
 COLUMN_THRESHOLD = 16
 """Up to about so many rows the scalar doors are faster than the column doors (measured)."""
+ALIGNED_ROWS = 64
+"""From more rows on it pays to ask whether all of them are aligned (measured)."""
 SLICE_ROW = 2048
 """Rows at least so wide are gathered by slice copies, narrower ones by one fancy index (measured)."""
 
@@ -143,6 +145,13 @@ class Memory(ABC):
             return False
         self.readinto(address, buffer)
         return True
+
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """`size` bytes in one step, for few of them; None where another door must be taken.
+
+        That is where it might have to wait, where a fault lies, and where this door is no faster.
+        """
+        return None
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """Fill row i of `out` (uint8[n, k], C-contiguous) with the k bytes at `addresses[i]`."""
@@ -350,6 +359,12 @@ class MemoryWindow(Memory):
             raise FaultError(self._size)
         return True
 
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """See `Memory.read_nowait`."""
+        if address < 0 or address + size > self._size:
+            return None
+        return self.memory.read_nowait(self.start + address, size)
+
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`."""
         count = self._clip(address, len(data))
@@ -397,7 +412,7 @@ class MemoryWindow(Memory):
 def gather_from(source: Rows, addresses: Addresses, out: Rows) -> Faults:
     """Gather rows out of a one-dimensional uint8 array: `Memory.gather` for what is mapped.
 
-    5 to 7 ns a row of 8 bytes, at any alignment. `.take(out=)` is avoided: it copies the source.
+    Any alignment: 5 ns for a row of 8 bytes. Where all rows stand at multiples of their width: 2.5 ns.
     """
     count, width = out.shape
     if not count or not width:
@@ -419,9 +434,16 @@ def gather_from(source: Rows, addresses: Addresses, out: Rows) -> Faults:
             gather_from(source, addresses[good], part)
             out[good] = part
         return Faults.of(found)
+    shift = width.bit_length() - 1
+    if count > ALIGNED_ROWS and width == 1 << shift and not int(np.bitwise_or.reduce(addresses)) & (width - 1):
+        # In whole rows the source is contiguous, so that take copies none of it; `clip` spares it a buffer.
+        rows = source[: size >> shift << shift].reshape(-1, width)
+        rows.take((addresses >> np.uint64(shift)).view(np.intp), axis=0, out=out, mode="clip")
+        return NO_FAULTS
     if width >= SLICE_ROW:
+        here, there = source.data, out.data.cast("B")
         for row, address in enumerate(addresses.tolist()):
-            out[row] = source[address : address + width]
+            there[row * width : (row + 1) * width] = here[address : address + width]
         return NO_FAULTS
     void = f"V{width}"
     windows: npt.NDArray[Any] = np.ndarray((last + 1,), void, source.data, strides=(1,))

@@ -178,6 +178,11 @@ class MappedMemory(Memory):
                 raise error.moved(address + offset - real) from None
         return True
 
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """See `Memory.read_nowait`."""
+        real = self._scalar(address, size)
+        return None if real is None else self.source.read_nowait(real, size)
+
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`."""
         view = memoryview(data)

@@ -174,3 +174,20 @@ def test_gather_near_the_end_of_the_address_space_does_not_wrap():
     out = np.zeros((1, 8), np.uint8)
     faults = BytesMemory(DATA).gather(np.array([(1 << 64) - 4], np.uint64), out)
     assert faults.addresses.tolist() == [(1 << 64) - 4]
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 16, 4096])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 13])
+def test_gather_of_many_rows_gives_their_bytes_aligned_or_not(width, aligned, size):
+    data = os.urandom(size)
+    generator = np.random.default_rng(width)
+    addresses = generator.integers(0, size - width + 1, 500).astype(np.uint64)
+    if aligned:
+        addresses -= addresses % np.uint64(width)
+        addresses[-1] = (size - width) // width * width
+    else:
+        addresses[-1] = size - width
+    out = np.full((500, width), 0xAA, np.uint8)
+    assert not BytesMemory(data).gather(addresses, out)
+    assert [row.tobytes() for row in out] == [data[a : a + width] for a in addresses.tolist()]

@@ -146,7 +146,9 @@ class OpenMemory(OpenFile):
         self._fixed_size = opened.size
         self._release = opened.release
         self._writable = writable
-        self._borrows = type(opened.memory).borrow is not Memory.borrow
+        kind = type(opened.memory)
+        self._read_small = opened.memory.read_nowait if kind.read_nowait is not Memory.read_nowait else None
+        self._borrow = opened.memory.borrow if kind.borrow is not Memory.borrow else None
 
     @property
     def may_block(self) -> bool:
@@ -214,12 +216,11 @@ class OpenExact(OpenMemory):
                 return b""
         counters = instance.counters
         address = self._base + offset
-        if size >= BORROW_SIZE and self._borrows:
-            view = self._memory.borrow(address, size)
-            if view is not None:
-                counters.reads += 1
-                counters.bytes_read += size
-                return view
+        quick = self._read_small if size < BORROW_SIZE else self._borrow
+        if quick is not None and (data := quick(address, size)) is not None:
+            counters.reads += 1
+            counters.bytes_read += size
+            return data
         buffer = scratch[:size]
         try:
             if not self._readinto_nowait(address, buffer):
@@ -271,12 +272,11 @@ class OpenWhole(OpenMemory):
                 return b""
         counters = instance.counters
         address = self._base + offset
-        if size >= BORROW_SIZE and self._borrows:
-            view = self._memory.borrow(address, size)
-            if view is not None:
-                counters.reads += 1
-                counters.bytes_read += size
-                return view
+        quick = self._read_small if size < BORROW_SIZE else self._borrow
+        if quick is not None and (data := quick(address, size)) is not None:
+            counters.reads += 1
+            counters.bytes_read += size
+            return data
         buffer = scratch[:size]
         try:
             if not self._readinto_nowait(address, buffer):
