@@ -232,10 +232,14 @@ def check_device() -> None:
             f"nothing can be mounted: {DEVICE} cannot be opened ({error.strerror}); run as root, or let users open "
             f"it with `chmod 666 {DEVICE}`"
         ) from None
-    if os.geteuid() != 0 and shutil.which(mountpoints.FUSERMOUNT) is None:
+    if os.geteuid() == 0:
+        return
+    if shutil.which(mountpoints.FUSERMOUNT) is None:
         raise MountError(
             f"nothing can be mounted: users other than root need {mountpoints.FUSERMOUNT}; install the package fuse3"
         )
+    if not mountpoints.MTAB.exists():
+        raise MountError(f"nothing should be mounted that could not be unmounted: {mountpoints.NO_MTAB}")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ KIND = "fuse.cloudfs"
 FUSERMOUNT = "fusermount3"
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 """Where fusectl is mounted, if it is: one directory per connection."""
+MTAB = Path("/etc/mtab")
+"""A link to /proc/mounts, made when a system starts; without it the helper unmounts nothing for users."""
+
+NO_MTAB = f"there is no {MTAB}, which {FUSERMOUNT} needs; as root run `ln -s ../proc/self/mounts {MTAB}`"
 
 # umount2(2), <sys/mount.h>
 MNT_FORCE = 1
@@ -233,6 +237,8 @@ def _unmount_by_helper(mountpoint: str, *, lazily: bool) -> None:
         return
     if "busy" in done.stderr.lower():
         raise TargetBusyError(f"{mountpoint} is busy")
+    if not MTAB.exists():
+        raise AccessDeniedError(f"{mountpoint} cannot be unmounted: {NO_MTAB}")
     raise AccessDeniedError(f"{mountpoint} cannot be unmounted: {' '.join(done.stderr.split())}")
 
 

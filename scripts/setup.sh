@@ -3,7 +3,8 @@
 #   setup EXTRAS PACKAGES…    EXTRAS: extras of pyproject.toml, comma-separated, or -; PACKAGES: further Debian packages,
 #                             written COMMAND=PACKAGE: installed where COMMAND is missing
 #
-# Afterwards .venv/bin/cloudfs runs. Nothing outside of the clone is changed but Debian packages that are missing.
+# Afterwards .venv/bin/cloudfs runs. Nothing outside of the clone is changed but Debian packages that are missing, and
+# the link /etc/mtab where a system has never been started (a container, a debootstrap root).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -86,6 +87,7 @@ setup() {
     local extras=$1 python wanted stamp log what
     shift
     install_packages "$@"
+    need_mtab
     python=$(find_python) || fail "python 3.11 or newer is needed; set CLOUDFS_PYTHON to one"
     make_venv "$python"
     what=$root
@@ -104,6 +106,16 @@ setup() {
         rm -f "$log"
         printf '%s' "$wanted" >"$stamp"
     fi
+}
+
+# fusermount3 unmounts nothing for users where there is no /etc/mtab; systemd makes the link when a system starts.
+need_mtab() {
+    local privileged=()
+    [ -e /etc/mtab ] && return 0
+    [ "$(id -u)" -eq 0 ] || privileged=(sudo)
+    say "making the link /etc/mtab, which fusermount3 needs"
+    "${privileged[@]}" ln -sf ../proc/self/mounts /etc/mtab 2>/dev/null </dev/null || [ -e /etc/mtab ] ||
+        fail "there is no /etc/mtab, which fusermount3 needs; as root run: ln -s ../proc/self/mounts /etc/mtab"
 }
 
 need_fuse() {

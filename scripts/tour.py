@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloudfs.mountpoint import is_mounted, unmount
+from cloudfs.mountpoint import is_dead, is_mounted, unmount
+from engine.errors import EngineError
 
 HERE = Path(sys.executable).parent
 START_SECONDS = 20
+STOP_SECONDS = 15
 SECRET = "the-secret-of-this-tour"
 LINES = 16
 
@@ -34,19 +37,12 @@ def fail(sentence: str) -> int:
 def mountpoint(wanted: str | None) -> Iterator[Path]:
     """The folder to mount at: the one asked for, or one of our own in /tmp, removed afterwards."""
     if wanted is not None:
-        path = Path(wanted)
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
+        path = Path(wanted).absolute()
+        made = not is_mounted(path) and not os.path.lexists(path)
+        if made:
+            path.mkdir(parents=True)
     else:
-        path = Path("/tmp") / f"cloudfs-{pwd.getpwuid(os.getuid()).pw_name}"
-        made = True
-        if is_mounted(str(path)):
-            unmount(str(path))
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            if path.is_symlink() or path.stat().st_uid != os.getuid() or any(path.iterdir()):
-                path = Path(tempfile.mkdtemp(prefix="cloudfs-"))
+        path, made = _folder_of_our_own(), True
     try:
         yield path
     finally:
@@ -55,20 +51,66 @@ def mountpoint(wanted: str | None) -> Iterator[Path]:
                 path.rmdir()
 
 
+def _folder_of_our_own() -> Path:
+    """/tmp/cloudfs-USER, cleared of a dead mount; another one where that is in use, or is not ours."""
+    path = Path("/tmp") / f"cloudfs-{_user()}"
+    with contextlib.suppress(OSError, EngineError):
+        if is_mounted(path) and is_dead(str(path)):
+            unmount(path)
+        if not os.path.lexists(path):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        if ours and not is_mounted(path) and not any(path.iterdir()):
+            return path
+    return Path(tempfile.mkdtemp(prefix="cloudfs-"))
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may run as a user that it does not know
+        return str(os.getuid())
+
+
 @contextlib.contextmanager
-def mounted(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def mounted(path: Path) -> Iterator[subprocess.Popen[str]]:
     """`cloudfs mount PATH`, unmounted at the end whatever happens."""
     # A session of its own: Ctrl-C reaches this program alone, which then unmounts in order.
-    daemon = subprocess.Popen(
-        [str(HERE / "cloudfs"), "mount", "--daemon", str(path)], start_new_session=True, stdin=subprocess.DEVNULL
+    server = subprocess.Popen(
+        [str(HERE / "cloudfs"), "mount", "--json", str(path)],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
-        if daemon.wait(START_SECONDS) != 0:
+        assert server.stdout is not None
+        if not select.select([server.stdout], [], [], START_SECONDS)[0]:
+            raise ChildProcessError(f"the mount did not start within {START_SECONDS} s")
+        if not server.stdout.readline():
             raise ChildProcessError("the mount did not start; the sentence above says why")
-        yield daemon
+        yield server
     finally:
-        with contextlib.suppress(Exception):
-            unmount(str(path))
+        _end(server, path)
+
+
+def _end(server: subprocess.Popen[str], path: Path) -> None:
+    """Have it unmount, though somebody be in it; say so where it could not."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient Ctrl-C must not leave the mount behind
+    try:
+        server.terminate()
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    finally:
+        try:
+            if is_mounted(path):
+                unmount(path)
+        except (OSError, EngineError) as error:
+            fail(f"{error}; later, `{HERE / 'cloudfs'} umount {shlex.quote(str(path))}` may end it")
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -134,9 +176,11 @@ def main(arguments: list[str]) -> int:
     """Mount, show, wait."""
     if len(arguments) > 1:
         return fail("usage: ./scripts/demo [MOUNTPOINT]")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    wanted = arguments[0] if arguments else None
     try:
-        with mountpoint(arguments[0] if arguments else None) as folder, mounted(folder), target() as (pid, address):
+        with mountpoint(wanted) as folder, mounted(folder) as server, target() as (pid, address):
             print(f"This machine is mounted at {folder}, read-only.")
             tour(folder, pid, address)
             print(
@@ -148,8 +192,7 @@ def main(arguments: list[str]) -> int:
             )
             sys.stdout.flush()
             try:
-                while is_mounted(str(folder)):
-                    time.sleep(1)
+                server.wait()
             except KeyboardInterrupt:
                 print("\nunmounting")
                 return 0
@@ -157,7 +200,9 @@ def main(arguments: list[str]) -> int:
             return 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError, ChildProcessError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (EngineError, ValueError, subprocess.TimeoutExpired) as error:
         return fail(str(error))
 
 

@@ -74,6 +74,17 @@ def test_a_user_without_the_helper_is_told_which_package_to_install(monkeypatch:
         check_device()
 
 
+def test_a_user_is_told_what_the_helper_needs_before_anything_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "open", lambda *arguments: os.dup(0))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(mounting.mountpoints, "FUSERMOUNT", "sh")
+    monkeypatch.setattr(mounting.mountpoints, "MTAB", tmp_path / "mtab")
+    with pytest.raises(MountError, match=re.escape("as root run `ln -s ../proc/self/mounts /etc/mtab`")):
+        check_device()
+
+
 def test_a_mount_error_is_an_error_of_the_engine() -> None:
     assert issubclass(MountError, EngineError)
     assert MountError.code == "mount"
