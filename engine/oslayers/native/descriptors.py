@@ -24,7 +24,7 @@ from engine.oslayers.native.mappings import (
     TextMappings,
 )
 from engine.oslayers.native.pagemap import Scanner
-from engine.oslayers.native.procfs import PF_FORKNOEXEC, PF_KTHREAD, ProcDirectory
+from engine.oslayers.native.procfs import PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD, ProcDirectory
 
 _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
 """Number of kcmp(2); KCMP_VM (1) asks whether two processes have one address space."""
@@ -108,7 +108,9 @@ def _open_all(directory: ProcDirectory, *, writable: bool) -> Descriptors:
         files.maps = _open_one(f"{path}/maps", os.O_RDONLY)
     except OSError as error:
         stat = directory.stat()
-        if error.errno == errno.ESRCH:
+        # Without an address space its files belong to root (fs/proc/base.c, task_dump_owner): to others that looks
+        # like a right that they lack.
+        if error.errno == errno.ESRCH or stat.flags & (PF_EXITING | PF_KTHREAD):
             raise NoMemoryError from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise AccessDeniedError(

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from engine.errors import AccessDeniedError, NotFoundError, ProcessExitedError
 
+PF_EXITING = 0x00000004
+"""Is ending: it has no address space any more, or soon not (include/linux/sched.h)."""
 PF_FORKNOEXEC = 0x00000040
 """Forked, and has run no other program since (include/linux/sched.h)."""
 PF_KTHREAD = 0x00200000

@@ -46,6 +46,8 @@ VECTOR_BYTES = 64 << 10
 CHANGES = 8
 """How often a mapping may change between two looks at it before the read gives up."""
 
+_OF_FILES = frozenset({Storage.FILE, Storage.SHARED_MEMORY, Storage.MEMORY_FILE})
+"""What has a file behind it, disk or not: where such a mapping cannot be read, the file ends before."""
 _ZEROS = memoryview(bytes(1 << 20))
 _ONLY_SWAPPED = bytes(range(LEAST_HELD, LEAST_PRESENT))
 
@@ -232,7 +234,7 @@ def _touch(files: Descriptors, mapping: Mapping, address: int, view: memoryview)
     if not (mapping.readable and files.vectors):
         copy(files, address + count, view[count:])
         return
-    kind = FaultKind.SOURCE if mapping.storage is Storage.FILE else FaultKind.ABSENT
+    kind = FaultKind.SOURCE if mapping.storage in _OF_FILES else FaultKind.ABSENT
     raise fault(address + count, kind)
 
 

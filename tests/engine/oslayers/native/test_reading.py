@@ -383,6 +383,33 @@ def test_a_zombie_and_a_kernel_thread_have_no_memory(layer):
         child.wait()
 
 
+def test_to_a_plain_user_too_a_zombie_and_a_kernel_thread_have_no_memory():
+    """Their files in /proc belong to root: what looks like a lack of rights is none."""
+    said = as_nobody(
+        """
+        from engine.errors import FaultError
+        from engine.oslayer import Base
+        from engine.oslayers.native import NativeLayer
+        ctypes = sys.modules["ctypes"]
+        assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE: who gives up rights is not
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        layer = NativeLayer.open(Base(), {})
+        for pid in (child, *[p.pid for p in layer.processes() if p.info.kernel_thread][:1]):
+            memory = layer.process(pid).memory
+            try:
+                memory.read(0x400000, 16)
+            except FaultError as error:
+                assert "has no memory now" in str(error), error
+            assert list(memory.extents()) == []
+        print("right")
+        """
+    )
+    assert said == "right\n"
+
+
 def test_a_pid_in_use_again_is_another_process(layer):
     """For real: in a PID namespace of our own the next PID can be chosen."""
     require(os.geteuid() == 0, "only root makes PID namespaces")
