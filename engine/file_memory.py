@@ -29,7 +29,7 @@ from engine.memory import Addresses, Data, Faults, Memory, Rows, gather_from
 from engine.mounts import Backing, backing_of_file
 from engine.types import Extent
 
-_U64 = struct.Struct("<Q").unpack
+_U64: Callable[[bytes], tuple[int, ...]] = struct.Struct("<Q").unpack
 _FILE_OFFSET_MAX = (1 << 63) - 1
 NOWAIT_LIMIT = 64 << 10
 """A file on disk is read without waiting in pieces of the page cache; larger ones are worth the question."""
@@ -146,7 +146,7 @@ class FileMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
-        return _U64(self.read(address, 8))[0]  # type: ignore[no-any-return]
+        return _U64(self.read(address, 8))[0]
 
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`; the file never grows."""

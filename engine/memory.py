@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,10 @@ ALIGNED_ROWS = 64
 SLICE_ROW = 2048
 """Rows at least so wide are gathered by slice copies, narrower ones by one fancy index (measured)."""
 
-_U16 = struct.Struct("<H").unpack_from
-_U32 = struct.Struct("<I").unpack_from
-_U64 = struct.Struct("<Q").unpack_from
+_Unpack = Callable[..., tuple[int, ...]]
+_U16: _Unpack = struct.Struct("<H").unpack_from
+_U32: _Unpack = struct.Struct("<I").unpack_from
+_U64: _Unpack = struct.Struct("<Q").unpack_from
 
 _FAULT_CLASSES: dict[FaultKind, type[FaultError]] = {
     FaultKind.PAGED_OUT: PagedOutError,
@@ -197,15 +198,15 @@ class Memory(ABC):
 
     def u16(self, address: int) -> int:
         """The 16-bit word at `address`."""
-        return _U16(self.read(address, 2))[0]  # type: ignore[no-any-return]
+        return _U16(self.read(address, 2))[0]
 
     def u32(self, address: int) -> int:
         """The 32-bit word at `address`."""
-        return _U32(self.read(address, 4))[0]  # type: ignore[no-any-return]
+        return _U32(self.read(address, 4))[0]
 
     def u64(self, address: int) -> int:
         """The 64-bit word at `address`."""
-        return _U64(self.read(address, 8))[0]  # type: ignore[no-any-return]
+        return _U64(self.read(address, 8))[0]
 
     # -- derived once ---------------------------------------------------------------------------------
 
@@ -507,5 +508,5 @@ class BytesMemory(Memory):
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
         if 0 <= address <= len(self._view) - 8:
-            return _U64(self._view, address)[0]  # type: ignore[no-any-return]
+            return _U64(self._view, address)[0]
         return super().u64(address)

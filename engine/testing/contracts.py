@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -110,7 +111,7 @@ def _check_columns(memory: Memory, address: int, data: bytes) -> None:
 
 def _check_hole(memory: Memory, hole: Extent) -> None:
     for address in {hole.start, hole.start + hole.size // 2, hole.stop - 1}:
-        error = _raises(FaultError, lambda address=address: memory.read(address, 1))  # type: ignore[misc]
+        error = _raises(FaultError, partial(memory.read, address, 1))
         assert isinstance(error, FaultError)
         assert error.address == address, f"a fault at {address:#x} says {error.address:#x}"
         out = np.full((2, 1), 0xAA, np.uint8)
@@ -165,7 +166,7 @@ def _check_extents(memory: Memory, truth: Truth) -> None:
 def _check_outside(memory: Memory) -> None:
     size = memory.size
     for address in (size, size + 1, 1 << 64, (1 << 64) + 4096, -1):
-        error = _raises(FaultError, lambda address=address: memory.read(address, 1))  # type: ignore[misc]
+        error = _raises(FaultError, partial(memory.read, address, 1))
         assert isinstance(error, FaultError), f"{address:#x} lies outside"
 
 
@@ -212,7 +213,7 @@ def check_writes(memory: Memory, truth: Truth) -> None:
             memory.write(address, data)
         assert memory.read(address, len(data)) == data, "put back"
     for hole in truth.holes:
-        error = _raises(FaultError, lambda hole=hole: memory.write(hole.start, b"x"))  # type: ignore[misc]
+        error = _raises(FaultError, partial(memory.write, hole.start, b"x"))
         assert isinstance(error, FaultError)
         assert error.address == hole.start, "a write into a hole says where"
         assert len(memory.scatter(np.array([hole.start], np.uint64), np.ones((1, 1), np.uint8))) == 1
@@ -248,7 +249,7 @@ def check_oslayer(layer: OsLayer, *, alive: Iterable[int] = (), absent: Iterable
         assert pid in pids, f"process {pid} is listed"
         _check_process(layer.process(pid), pid)
     for pid in absent:
-        _raises(NotFoundError, lambda pid=pid: layer.process(pid))  # type: ignore[misc]
+        _raises(NotFoundError, partial(layer.process, pid))
     for process in layer.processes():
         assert isinstance(process, Process)
     for module in layer.modules():
