@@ -75,8 +75,11 @@ def unprivileged(*words: str, limit: float = LIMIT) -> subprocess.CompletedProce
     """Run one command line as a user who is not root: as nobody where the tests run as root."""
     # Everything is imported before: nobody may not be able to read this checkout.
     code = (
-        "import os, sys; from cloudfs.cli import main; out = sys.stdout; sys.stdout = open(os.devnull, 'w');"
-        "main(['maps', str(os.getpid())]); main(['plugins']); sys.stdout = out\n"
+        "import os, sys; from cloudfs import cli; main = cli.main\n"
+        "out = sys.stdout; sys.stdout = open(os.devnull, 'w')\n"
+        "names = cli.command_names(); [cli.load_command(name) for name in names]; cli.command_names = lambda: names\n"
+        "main(['ps']); main(['info', str(os.getpid())]); main(['maps', str(os.getpid())]); main(['plugins'])\n"
+        "main(['read', 'dummy', 'physical', '0', '16']); sys.stdout = out\n"
         "if sys.argv[1] == 'mount': import queue, cloudfs.mount, cloudfs.nodes.root\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -52,6 +52,9 @@ class Folder(Directory):
 class Instances(Folder):
     """A directory whose children can be removed, but for the one called `busy`."""
 
+    def attributes(self) -> Attributes:
+        return Attributes(stat.S_IFDIR | 0o755)
+
     def remove_child(self, name: str) -> None:
         if name not in self._children():
             raise FileNotFoundError(name)

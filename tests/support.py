@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,16 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("CLOUDFS_TEST_REQUIRE") == "all":
         pytest.fail(f"CLOUDFS_TEST_REQUIRE=all, but {reason}")
     pytest.skip(reason)
+
+
+REFUSED_WRITE = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
+"""What opening a memory file for writing gives where nothing may be written: root gets past the mode."""
+
+
+def require_abort() -> None:
+    """Skip where a FUSE connection cannot be aborted from outside."""
+    there = Path("/sys/fs/fuse/connections").is_dir() and any(Path("/sys/fs/fuse/connections").iterdir())
+    require(os.geteuid() == 0 or there, "only root, or the owner by fusectl, may abort a FUSE connection")
 
 
 def as_nobody(code: str, *arguments: str, timeout: float = 20) -> str:

@@ -36,7 +36,8 @@ class InstancesDirectory(ContextDirectory[TreeContext]):
     example: ClassVar[str]
 
     def __init__(self, tree: TreeContext) -> None:
-        super().__init__(tree, self.kind)
+        # rmdir(2) asks for the right to write: without it the kernel refuses the mount's own user.
+        super().__init__(tree, self.kind, mode=0o755)
 
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from commandline import COMMAND, cloudfs, environment, on_terminal, sentence, unprivileged
 from mounting import is_mounted, mounted, require_fuse
-from support import require
+from support import REFUSED_WRITE, require, require_abort
 from targets import running_target
 
 LIMIT = 60.0
@@ -222,11 +222,29 @@ def test_only_writable_makes_memory_writable(point, image, words, mode):
                 file.write(b"changed")
             assert image.read_bytes()[:7] == b"changed"
         else:
-            with pytest.raises(OSError, match="Read-only file system"):
+            with pytest.raises(OSError, match=REFUSED_WRITE):
                 os.open(memory, os.O_RDWR)
 
 
+def may_allow_other() -> bool:
+    """Whether the FUSE helper lets this user do that (fuse.conf(5))."""
+    if os.geteuid() == 0:
+        return True
+    with contextlib.suppress(OSError):
+        return "user_allow_other" in Path("/etc/fuse.conf").read_text().splitlines()
+    return False
+
+
+@pytest.mark.skipif(may_allow_other(), reason="about a user who may not mount with allow_other")
+def test_a_user_who_may_not_let_others_in_is_told_what_allows_it(point, image):
+    done = cloudfs("mount", "--daemon", "--allow-other", str(image), str(point))
+    assert done.returncode == 1
+    assert b"user_allow_other" in done.stderr
+    assert not is_mounted(point)
+
+
 def test_mount_options_are_those_that_fuse_users_know(point, image):
+    require(may_allow_other(), "the helper lets this user not mount with allow_other")
     with daemon(point, "-o", "allow_other,uid=12,gid=34,fsname=my image,noatime,nodev", str(image)):
         line = mount_options(point)
         assert "allow_other" in line
@@ -330,6 +348,7 @@ def close_anyhow(descriptor: int) -> None:
 
 
 def test_a_mount_with_an_open_file_is_busy_and_force_ends_it(point, image):
+    require_abort()
     with daemon(point, str(image)):
         descriptor = os.open(point / "connector/raw/phys_mem", os.O_RDONLY)
         done = cloudfs("umount", str(point))

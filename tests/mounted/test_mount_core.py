@@ -22,10 +22,20 @@ from pathlib import Path
 import made_up_tree
 import pytest
 from made_up_tree import BUGS, GOOD_NAMES, MEMORY_SIZE, pattern
-from support import require
+from support import require, require_abort
 
-from cloudfs.mountpoint import MNT_DETACH, MNT_FORCE, find_mount, is_dead, is_mounted, prepare, umount2, unmount
-from engine.errors import TargetBusyError
+from cloudfs.mountpoint import (
+    MNT_DETACH,
+    MNT_FORCE,
+    detach,
+    find_mount,
+    is_dead,
+    is_mounted,
+    prepare,
+    umount2,
+    unmount,
+)
+from engine.errors import EngineError, TargetBusyError
 
 LIMIT = 60
 """Seconds after which a mount is aborted from outside."""
@@ -73,8 +83,9 @@ class Mounted:
             self._guard.cancel()
             if self.daemon.stdout is not None:
                 self.daemon.stdout.close()
-            with contextlib.suppress(OSError):
-                umount2(str(self.path), MNT_DETACH)
+            if is_mounted(self.path):
+                with contextlib.suppress(OSError, EngineError):
+                    detach(str(self.path))
 
     def said(self) -> str:
         return self.log.read_text()
@@ -108,7 +119,7 @@ def mounter() -> Iterator[Mounter]:
     try:
         yield make
     finally:
-        for mounted in made:
+        for mounted in reversed(made):
             mounted.end()
             assert not is_mounted(mounted.path)
         shutil.rmtree(top)
@@ -502,6 +513,7 @@ def test_a_busy_mount_is_not_unmounted_and_says_who_uses_it(mounter: Mounter) ->
 
 
 def test_force_ends_a_busy_mount_and_frees_who_waits_for_it(mounter: Mounter) -> None:
+    require_abort()
     mounted = mounter()
     before = mounted.threads()
     with ThreadPoolExecutor(1) as pool:

@@ -61,6 +61,11 @@ def test_holes_of_physical_memory_are_zeros_and_the_rest_is_right(machine):
         assert data[page * 4096 : (page + 1) * 4096] == expected
 
 
+@pytest.mark.parametrize("name", ["connector", "os"])
+def test_the_user_of_the_mount_may_write_where_instances_are_removed(machine, name):
+    assert at(build_root(machine), name).attributes().mode & 0o777 == 0o755
+
+
 def test_rmdir_removes_an_instance(machine, image):
     machine.open("connector", Spec("raw", str(image)), name="vm")
     root = build_root(machine)
