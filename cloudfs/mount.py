@@ -22,11 +22,13 @@ import pyfuse3
 import trio
 
 from cloudfs import mountpoint as mountpoints
+from cloudfs import shim
 from cloudfs.fast_loop import FastLoop
 from cloudfs.inodes import DEFAULT_BOUND
 from cloudfs.mountpoint import MountEntry, MountError
 from cloudfs.node import Directory
 from cloudfs.operations import Counters, Owner, TreeOperations
+from cloudfs.seeking import Seeks
 from cloudfs.watchdog import Watchdog
 from engine.errors import EngineError, InvalidArgumentError
 
@@ -167,10 +169,13 @@ async def _serve(
         signals = stack.enter_context(_signals())
         if options.fast_loop:
             await stack.enter_async_context(FastLoop(pyfuse3, options.spin))
+        seeks = stack.enter_context(_seeking(operations))
         stack.enter_context(connection.open(operations, where, words))
         stack.enter_context(watchdog)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
+        if seeks is not None:
+            seeks.nursery = nursery
         nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
         stack.enter_context(connection.noticed(nursery.cancel_scope.cancel))
         stack.enter_context(_collector_spared())
@@ -179,6 +184,21 @@ async def _serve(
         if options.self_check:
             operations.inodes.check()
     return ending.signal
+
+
+@contextlib.contextmanager
+def _seeking(operations: TreeOperations) -> Iterator[Seeks | None]:
+    """Answers to lseek(2) for the session that is made within, where the shim was loaded."""
+    found = shim.loaded()
+    if found is None:
+        yield None
+        return
+    seeks = Seeks(operations, found.reply)
+    found.begin(seeks.handle)
+    try:
+        yield seeks
+    finally:
+        found.end()
 
 
 @contextlib.contextmanager
@@ -199,6 +219,9 @@ async def _begin(
 ) -> None:
     """What can be done once the kernel has its answer to INIT, which sets the read-ahead back."""
     await operations.initialised.wait()
+    found = shim.loaded()
+    if found is not None and (reason := found.why_not()) is not None:
+        log.info("holes are not told to programs that ask for them (no shim): %s", reason)
     connection.set_read_ahead()
     if ready is not None:
         ready()

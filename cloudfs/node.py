@@ -9,6 +9,8 @@ All methods may raise any EngineError or OSError; `operations` turns them into a
 
 from __future__ import annotations
 
+import errno
+import os
 import stat as st
 import sys
 from abc import ABC, abstractmethod
@@ -167,11 +169,35 @@ class OpenFile(ABC):
         """Store bytes, give the count."""
         raise UnsupportedError("this file cannot be written")
 
+    def seek(self, offset: int, whence: int) -> int | None:
+        """lseek(2): where, from `offset` on, data (os.SEEK_DATA) or a hole (os.SEEK_HOLE) begins.
+
+        None: nothing is known of holes, and all of what stat(2) shows is data. OSError(ENXIO) where there is none;
+        the end of the file is a hole. May name as data what is a hole, where to find out would take long.
+        """
+        return None
+
+    def seek_nowait(self, offset: int, whence: int) -> int | None:
+        """Like `seek`, but None where it might have to wait or is not simple: then `seek` is called in a thread."""
+        return None
+
     def flush(self) -> None:
         """close(2) of one of its descriptors, for files that take commands; an error is close(2)'s."""
 
     def release(self) -> None:
         """The last descriptor is closed."""
+
+
+def no_data() -> OSError:
+    """What lseek(2) fails with behind the last data."""
+    return OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+
+
+def seek_dense(offset: int, whence: int, size: int) -> int:
+    """The answer of `OpenFile.seek` for a file that is data up to its size."""
+    if not 0 <= offset < size:
+        raise no_data()
+    return offset if whence == os.SEEK_DATA else size
 
 
 class TextLink(Link):

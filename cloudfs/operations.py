@@ -10,6 +10,7 @@ that gives None) runs in a worker thread.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import operator
@@ -45,6 +46,7 @@ from cloudfs.node import (
     Node,
     OpenFile,
 )
+from cloudfs.shim import FLUSHED
 from cloudfs.watchdog import Watchdog
 from cloudfs.worker_threads import SCRATCH_SIZE, ScratchPool, WorkerThreads, new_scratch
 from engine.errors import InvalidArgumentError, NotFoundError, ReadOnlyError, TargetTimeoutError
@@ -202,19 +204,19 @@ class TreeOperations(pyfuse3.Operations):
 
     # -- calling nodes -----------------------------------------------------------------------------------
 
-    async def _call(
+    async def call(
         self, node: Node, verb: str, function: Callable[[], T], discard: Callable[[T], object] | None = None
     ) -> T:
         """What `function` of a node gives; in a thread where the node may block."""
         if node.may_block:
-            return await self._in_thread(node.thread_group, node, verb, function, discard)
+            return await self.in_thread(node.thread_group, node, verb, function, discard)
         self.watchdog.enter()
         try:
             return function()
         finally:
             self.watchdog.leave()
 
-    async def _in_thread(
+    async def in_thread(
         self,
         group: object,
         node: Node,
@@ -222,6 +224,7 @@ class TreeOperations(pyfuse3.Operations):
         function: Callable[[], T],
         discard: Callable[[T], object] | None = None,
     ) -> T:
+        """The same in a thread."""
         return await self.threads.run(group, function, f"{verb} of {node.identity!r}", discard)
 
     def _show(self, entry: Entry, attributes: Attributes, timeout: float) -> EntryAttributes:
@@ -271,7 +274,7 @@ class TreeOperations(pyfuse3.Operations):
         """The child of that name, and one look-up more of its inode."""
         parent = self.inodes.entry(parent_inode)
         directory = self._directory(parent)
-        child = await self._call(directory, "look-up", functools.partial(directory.child, os.fsdecode(name)))
+        child = await self.call(directory, "look-up", functools.partial(directory.child, os.fsdecode(name)))
         if child is None:
             raise NotFoundError(f"{os.fsdecode(name)!r} does not exist")
         if not isinstance(child, Node):
@@ -279,7 +282,7 @@ class TreeOperations(pyfuse3.Operations):
         entry = self.inodes.remember(parent, name, child)
         node = entry.node
         try:
-            shown = self._show(entry, await self._call(node, "attributes", node.attributes), node.timeout)
+            shown = self._show(entry, await self.call(node, "attributes", node.attributes), node.timeout)
         except BaseException:
             self.inodes.forget(entry.inode, 1)
             raise
@@ -296,7 +299,7 @@ class TreeOperations(pyfuse3.Operations):
         """The attributes of an inode."""
         entry = self.inodes.entry(inode)
         node = entry.node
-        return self._show(entry, await self._call(node, "attributes", node.attributes), node.timeout)
+        return self._show(entry, await self.call(node, "attributes", node.attributes), node.timeout)
 
     @guarded
     async def setattr(
@@ -316,7 +319,7 @@ class TreeOperations(pyfuse3.Operations):
         node = self.inodes.node(inode)
         if not isinstance(node, Link):
             raise InvalidArgumentError(f"{node.identity!r} is not a link")
-        text = os.fsencode(await self._call(node, "readlink", node.target))
+        text = os.fsencode(await self.call(node, "readlink", node.target))
         if not 0 < len(text) <= MAX_LINK or b"\0" in text:
             raise BrokenNodeError(f"{_name(node)} leads to {text[:80]!r}, which no link can")
         return text
@@ -367,7 +370,7 @@ class TreeOperations(pyfuse3.Operations):
     async def _children(self, entry: Entry) -> list[tuple[bytes, Node]]:
         """The children that can be listed. Names gone since the last listing are invalidated."""
         directory = self._directory(entry)
-        found = await self._call(directory, "listing", functools.partial(snapshot, directory))
+        found = await self.call(directory, "listing", functools.partial(snapshot, directory))
         self.counters.skipped += found.skipped
         if found.skipped:
             log.info("%d entries of %r cannot be listed", found.skipped, entry.identity)
@@ -392,7 +395,7 @@ class TreeOperations(pyfuse3.Operations):
             nodes = [self.inodes.known(node) for node in blocking]
             ask = functools.partial(attributes_of, nodes)
             try:
-                found = await self._in_thread(nodes[0].thread_group, listing.entry.node, "listing", ask)
+                found = await self.in_thread(nodes[0].thread_group, listing.entry.node, "listing", ask)
             except TargetTimeoutError as error:
                 listing.hangs = True
                 log.warning("%s; its children are listed without attributes", errno_table.sentence(error))
@@ -445,7 +448,7 @@ class TreeOperations(pyfuse3.Operations):
         """Remove an instance, which may have to wait for its target."""
         directory = self._directory(self.inodes.entry(parent_inode))
         remove = functools.partial(directory.remove_child, os.fsdecode(name))
-        await self._in_thread(directory.thread_group, directory, "removal", remove)
+        await self.in_thread(directory.thread_group, directory, "removal", remove)
 
     # -- files -------------------------------------------------------------------------------------------
 
@@ -456,20 +459,27 @@ class TreeOperations(pyfuse3.Operations):
         if not isinstance(node, File):
             raise IsADirectoryError(f"{node.identity!r} is not a file")
         if flags & os.O_ACCMODE != os.O_RDONLY:
-            attributes = await self._call(node, "attributes", node.attributes)
+            attributes = await self.call(node, "attributes", node.attributes)
             if not attributes.mode & 0o222:
                 raise ReadOnlyError
         if flags & (os.O_TRUNC | os.O_APPEND) and not node.takes_commands:
             raise PermissionError(f"{node.identity!r} can be neither truncated nor appended to")
-        file = await self._call(node, "open", functools.partial(node.open, flags), RELEASE)
+        file = await self.call(node, "open", functools.partial(node.open, flags), RELEASE)
         if not isinstance(file, OpenFile):
             raise BrokenNodeError(f"{_name(node)} opened as {file!r:.80}, which is no OpenFile")
         self._last_handle += 1
-        self._handles[self._last_handle] = Handle(node, file)
-        return FileInfo(fh=self._last_handle, direct_io=file.direct_io, keep_cache=file.keep_cache)
+        number = self._last_handle | FLUSHED if node.takes_commands else self._last_handle
+        self._handles[number] = Handle(node, file)
+        return FileInfo(fh=number, direct_io=file.direct_io, keep_cache=file.keep_cache)
+
+    def handle(self, fh: int) -> Handle:
+        """An open file; OSError(EBADF) where there is none."""
+        if fh not in self._handles:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._handles[fh]
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """At most `size` bytes from `off`. The hot path: what `guarded` and `_call` do is written out."""
+        """At most `size` bytes from `off`. The hot path: what `guarded` and `call` do is written out."""
         watchdog = self.watchdog
         try:
             handle = self._handles[fh]
@@ -505,7 +515,7 @@ class TreeOperations(pyfuse3.Operations):
         scratch = self._scratches.take(size)
         read = functools.partial(handle.file.read, offset, size, scratch)
         try:
-            data = await self._in_thread(handle.group, handle.node, "read", read)
+            data = await self.in_thread(handle.group, handle.node, "read", read)
         except TargetTimeoutError:
             raise  # and let go of the buffer: the thread may still write to it
         except Exception:
@@ -520,7 +530,7 @@ class TreeOperations(pyfuse3.Operations):
         handle = self._handles[fh]
         if handle.file.may_block:
             write = functools.partial(handle.file.write, off, buf)
-            count = await self._in_thread(handle.group, handle.node, "write", write)
+            count = await self.in_thread(handle.group, handle.node, "write", write)
         else:
             self.watchdog.enter()
             try:
@@ -536,8 +546,8 @@ class TreeOperations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         """A descriptor is closed. Only files that take commands hear of it.
 
-        The kernel asks for every file or for none (ENOSYS), and pyfuse3 cannot set FOPEN_NOFLUSH: 8 µs per
-        open and close of any file, for control files that can say why a last line failed.
+        The kernel asks for every file, but for those that the shim has excepted (FOPEN_NOFLUSH, by their
+        handles), which saves a request per close.
         """
         handle = self._handles.get(fh)
         if handle is not None and handle.commands:
@@ -545,14 +555,14 @@ class TreeOperations(pyfuse3.Operations):
 
     @guarded
     async def _flush(self, handle: Handle) -> None:
-        await self._in_thread(handle.group, handle.node, "flush", handle.file.flush)
+        await self.in_thread(handle.group, handle.node, "flush", handle.file.flush)
 
     @guarded
     async def release(self, fh: int) -> None:
         """The last descriptor is closed; nobody sees an error."""
         handle = self._handles.pop(fh)
         if handle.file.may_block:
-            await self._in_thread(handle.group, handle.node, "release", handle.file.release)
+            await self.in_thread(handle.group, handle.node, "release", handle.file.release)
         else:
             handle.file.release()
 

@@ -56,23 +56,30 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.fast_loop": (),
     "cloudfs.mountpoint": ("engine.errors",),
     "cloudfs.watchdog": ("cloudfs.mountpoint",),
+    "cloudfs.shim": (),
+    "cloudfs.seeking": ("cloudfs.operations",),
+    "cloudfs.doctor": ("cloudfs.fast_loop", "cloudfs.mountpoint", "cloudfs.shim"),
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
     "cloudfs.bug_log": ("cloudfs.node",),
     "cloudfs.operations": (
         "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
-        "cloudfs.bug_log",
+        "cloudfs.bug_log", "cloudfs.shim",
     ),
-    "cloudfs.mount": ("cloudfs.operations", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
+    "cloudfs.mount": ("cloudfs.seeking", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
     "cloudfs.daemon": ("engine.errors",),
     "cloudfs.commands": (),
     "cloudfs.commands.mount": ("cloudfs.mount", "cloudfs.commands.*", "cloudfs.daemon"),
+    "cloudfs.commands.plugins": ("cloudfs.render", "cloudfs.commands.*", "cloudfs.doctor"),
     "cloudfs.commands.umount": ("cloudfs.mountpoint", "cloudfs.commands.*"),
     "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
     "cloudfs.cli": ("cloudfs.commands.*",),
     "cloudfs.__main__": ("cloudfs.cli",),
 }  # fmt: skip
-FUSE = {"cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads"}
+FUSE = {
+    "cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads", "cloudfs.seeking",
+    "cloudfs.doctor",
+}  # fmt: skip
 """Only these import pyfuse3 and trio, what runs blocking work among them: the rest must not pay for them."""
 
 

@@ -82,6 +82,7 @@ def configure(parser: Parser) -> None:
     add("--timeout", type=float, default=30.0, metavar="SECONDS", help="no request waits for longer (30)")
     add("--spin", type=float, default=0.0, metavar="MICROSECONDS", help="poll so long before sleeping (0)")
     add("--stock-loop", action="store_true", help="trio's own primitives instead of faster ones")
+    add("--no-shim", action="store_true", help="do without C: holes are read as zeros (also: CLOUDFS_SHIM=0)")
     add("--self-check", action="store_true", help="check the table of inodes at the end")
     add_chain_options(parser, os_option="--os")
     help_text = "ro, rw (= --writable), allow_other, uid=N, gid=N, fsname=NAME …; any other word: as --os"
@@ -160,8 +161,11 @@ class _Session:
     def run(self, background: daemon.Background | None) -> int:
         """Open, mount, serve until the end."""
         # pyfuse3 and trio take 0.2 s: after the fork, and for no other command.
+        from cloudfs import shim
         from cloudfs.commands._opening import opened
         from cloudfs.commands._output import Output
+
+        shim.load(wanted=not self.arguments.no_shim)  # before pyfuse3 is imported
         from cloudfs.mount import Counters, mount
         from cloudfs.nodes.root import build_root
 

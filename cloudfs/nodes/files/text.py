@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from cloudfs import render
-from cloudfs.node import Attributes, File, OpenFile
+from cloudfs.node import Attributes, File, OpenFile, seek_dense
 from cloudfs.nodes.contexts import Context
 from cloudfs.nodes.kept import KEPT
 from engine.errors import ConnectorClosedError, EngineError, ProcessExitedError
@@ -125,6 +125,10 @@ class OpenText(OpenFile):
     def read(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview:
         """See `OpenFile.read`."""
         return self._view[offset : offset + size]
+
+    def seek_nowait(self, offset: int, whence: int) -> int | None:
+        """See `OpenFile.seek_nowait`."""
+        return seek_dense(offset, whence, len(self._view))
 
 
 def json_file(context: Context, name: str, make: Callable[[], Any], *, may_block: bool | None = None) -> TextFile:
