@@ -98,10 +98,11 @@ class Shim:
         state = self._state()
         if state == _SERVING:
             return None
-        return _STATES[state].format(wanted=_release(self.release), running=_release(self._running()))
+        return _STATES[state].format(wanted=release_name(self.release), running=release_name(self._running()))
 
 
-def _release(number: int) -> str:
+def release_name(number: int) -> str:
+    """A release of libfuse as people write it."""
     return f"{number // 100}.{number % 100}"
 
 

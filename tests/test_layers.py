@@ -58,7 +58,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.watchdog": ("cloudfs.mountpoint",),
     "cloudfs.shim": (),
     "cloudfs.seeking": ("cloudfs.operations",),
-    "cloudfs.doctor": ("cloudfs.fast_loop", "cloudfs.mountpoint", "cloudfs.shim"),
+    "cloudfs.doctor": ("cloudfs.mount",),
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
     "cloudfs.bug_log": ("cloudfs.node",),

@@ -1,4 +1,8 @@
-"""Lists the connectors and OS layers that are installed, and says why a broken one is broken."""
+"""Lists the connectors and OS layers that are installed, and says why a broken one is broken.
+
+With `doctor`: what of this machine a mount uses, and why it goes without the rest. The exit code is 1 where nothing
+can be mounted.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import argparse
 
 from cloudfs.commands._arguments import Exit, Parser, UsageError
 from cloudfs.commands._output import Output
-from cloudfs.render import Column, plugin_record
+from cloudfs.render import Column, plugin_record, table
 from engine import registry
 
 EXAMPLES = """\
   cloudfs plugins
+  cloudfs plugins doctor
   cloudfs plugins --json | jq -r '.[] | select(.problem) | .name, .problem'
 """
 COLUMNS = (
@@ -20,18 +25,21 @@ COLUMNS = (
     Column("summary", "SUMMARY"),
     Column("problem", "PROBLEM"),
 )
+DOCTOR_COLUMNS = (Column("name", "WHAT"), Column("used", "USED"), Column("detail", "WHY"))
 
 
 def configure(parser: Parser) -> None:
     """The options of `cloudfs plugins`."""
-    parser.usage = "cloudfs plugins [OPTIONS]"
+    parser.usage = "cloudfs plugins [OPTIONS] [doctor]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plugins."""
-    if arguments.words:
-        raise UsageError("plugins takes no words")
+    """Print the plugins, or what a mount can use."""
+    if arguments.words not in ([], ["doctor"]):
+        raise UsageError("plugins takes no words but `doctor`")
     output = Output("plugins", json=arguments.json, no_color=arguments.no_color)
+    if arguments.words:
+        return _doctor(output)
     kinds: tuple[registry.Kind, ...] = ("connector", "oslayer")
     rows = [plugin_record(status) for kind in kinds for status in registry.statuses(kind)]
     if output.json:
@@ -39,3 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         output.table(rows, COLUMNS)
     return Exit.DONE
+
+
+def _doctor(output: Output) -> int:
+    from cloudfs.doctor import examine  # it imports pyfuse3
+
+    findings = examine()
+    rows = [{"name": one.name, "used": one.used, "needed": one.needed, "detail": one.detail} for one in findings]
+    if output.json:
+        output.document(rows)
+    else:
+        output.text(table(rows, DOCTOR_COLUMNS, terminal=output.terminal))  # whole: sentences are not cut
+    return Exit.FAILED if any(one.needed and not one.used for one in findings) else Exit.DONE

@@ -60,7 +60,10 @@ PUBLIC int cloudfs_shim_reply(void *request, int64_t offset, int error) {
 }
 
 static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whence, struct fuse_file_info *info) {
-    handler(request, inode, info ? info->fh : 0, offset, whence);
+    if (handler)
+        handler(request, inode, info ? info->fh : 0, offset, whence);
+    else
+        true_reply_err(request, EIO);
 }
 
 /* The library of a caller: a search in its handle reaches what it was linked to, and never this file. */
