@@ -4,14 +4,13 @@ Small reads go by /proc/PID/mem, large ones and columns by process_vm_readv, eac
 what that look is for, and the ways that are taken where a page is not there, stand in `transfer`.
 
 What is kept between two reads: the descriptors, which belong to one address space, and for a second whether
-a mapping may have to be waited for. No byte and no mapping is.
+a mapping may have to be waited for (see `looks`). No byte and no mapping is.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from engine.errors import EngineError, FaultError, ReadOnlyError
+from engine.errors import FaultError, ReadOnlyError
 from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.native import columns, transfer, vectors
 from engine.oslayers.native.descriptors import Descriptors, NoMemoryError, open_descriptors
 from engine.oslayers.native.extents import data_runs
+from engine.oslayers.native.looks import LOOKS
 from engine.oslayers.native.mappings import AddressSpaceGoneError
 from engine.oslayers.native.pagemap import (
     HELD,
@@ -38,13 +38,8 @@ from engine.oslayers.native.pagemap import (
     PageKind,
 )
 from engine.oslayers.native.procfs import ProcDirectory
-from engine.oslayers.native.regions import read_lines
-from engine.oslayers.native.storage import mapped_devices, may_wait
 from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES, WouldWaitError
 from engine.types import ADDRESS_SPACE, Extent
-
-WAIT_AGE = 1.0
-"""Seconds for which `may_block` is believed; longer where looking takes more than a twentieth of it."""
 
 OPEN_LIMIT = 128
 """Memories that hold their four descriptors at one time: half of what a process may usually open."""
@@ -91,7 +86,8 @@ class NativeMemory(Memory):
         self._directory = directory
         self.writable = writable
         self._files: Descriptors | None = None
-        self._waits = (float("-inf"), False)
+        self._asked = False
+        """Whether to look, before the next read that may wait, at what the process maps."""
 
     @property
     def size(self) -> int:
@@ -108,23 +104,19 @@ class NativeMemory(Memory):
     def may_block(self) -> bool:
         """Whether any of the process's mappings lies on a FUSE or network file system, or on an unknown one.
 
+        As the last look at its mappings told, which is believed for a second. True where there was none since:
+        looking takes the process's mmap_lock, for which one may have to wait. The next read or write looks.
         False where its mappings cannot be looked at: a read then fails at once.
         """
-        expires, answer = self._waits
-        began = time.monotonic()
-        if began >= expires:
-            answer = self._look_for_waits()
-            now = time.monotonic()
-            self._waits = (now + max(WAIT_AGE, 20 * (now - began)), answer)
+        answer = LOOKS.answer(self._directory)
+        if answer is None:
+            self._asked = True
+            return True
         return answer
 
-    def _look_for_waits(self) -> bool:
-        try:
-            with open(self._directory.open("maps"), "rb", buffering=0) as maps:
-                devices = mapped_devices(read_lines(maps.fileno()))
-        except (EngineError, OSError):
-            return False
-        return may_wait(devices, lambda: self._directory.read_unchecked("mountinfo"))
+    def _look(self) -> None:
+        self._asked = False
+        LOOKS.look(self._directory)
 
     # -- descriptors --------------------------------------------------------------------------------------
 
@@ -139,11 +131,14 @@ class NativeMemory(Memory):
 
     def _attempt(self, address: int, action: Callable[[Descriptors], T]) -> T:
         """Do it; once more where the process has started another program meanwhile."""
+        if self._asked:
+            self._look()
         for _ in range(2):
             try:
                 return action(self._descriptors())
             except AddressSpaceGoneError:
                 self._files = None
+                LOOKS.forget(self._directory)
             except NoMemoryError:
                 break
         state = self._directory.stat().state
@@ -179,28 +174,30 @@ class NativeMemory(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
-        if not self._read_held(address, buffer, HELD):
+        if self._asked or not self._read_held(address, buffer, HELD):
             self._attempt(address, lambda files: transfer.read(files, address, buffer))
 
     def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
         """See `Memory.readinto_nowait`: False also where a page of a file is not present, or is in swap.
 
-        A page of a file may have to be fetched from anywhere; from our own mount it would never come.
+        A page of a file may have to be fetched from anywhere; from our own mount it would never come. Every look
+        at a process takes its mmap_lock, which others may hold while they wait for such a page: so here nothing
+        is asked of a process that was not found harmless within the last second, by a thread that could wait.
         """
         if self.may_block:
             return False
         if self._read_held(address, buffer, PRESENT):
             return True
         try:
-            self._attempt(address, lambda files: transfer.read(files, address, buffer, wait=False))
-        except WouldWaitError:
+            transfer.read(self._descriptors(), address, buffer, wait=False)
+        except (WouldWaitError, AddressSpaceGoneError, NoMemoryError):
             return False
         return True
 
     def _short(self, address: int, size: int) -> bytes | None:
         """`size` bytes inside of one page that is held, or None where it is not that simple."""
         files = self._files
-        if files is None or (address & _OFFSET_MASK) + size > PAGE_SIZE:
+        if files is None or self._asked or (address & _OFFSET_MASK) + size > PAGE_SIZE:
             return None
         try:
             entry = pread(files.pagemap, 8, address >> PAGE_SHIFT << 3)

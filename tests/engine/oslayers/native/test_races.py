@@ -17,6 +17,7 @@ from support import require
 
 from engine.errors import FaultError, ProcessExitedError
 from engine.oslayers.native import descriptors, vectors
+from engine.oslayers.native.looks import LOOKS
 from engine.oslayers.native.pagemap import PRESENT, Scanner, joined
 
 
@@ -106,6 +107,7 @@ def test_a_page_in_swap_is_read_but_not_in_the_loop(layer, target):
         real, files.pagemap = files.pagemap, made_up.fileno()
         try:
             buffer = memoryview(bytearray(3 * PAGE))
+            LOOKS.look(memory._directory)
             assert memory.readinto_nowait(target.pattern, buffer) is False
             assert memory.readinto_nowait(target.pattern, buffer[:PAGE]) is True
             memory.readinto(target.pattern, buffer)
@@ -187,6 +189,7 @@ def test_a_private_mapping_of_dev_zero_is_anonymous(layer):
     address = ctypes.addressof(hold)
     memory = layer.process(os.getpid()).memory
     buffer = memoryview(bytearray(b"\xaa" * (1 << 20)))
+    LOOKS.look(memory._directory)
     assert memory.readinto_nowait(address, buffer) is True
     assert not any(buffer)
     assert list(memory.extents(address, address + (1 << 20))) == []

@@ -1,0 +1,71 @@
+"""Which processes were looked at lately, and whether reading their memory may have to wait.
+
+To look at a process's mappings, or at its pages, takes its mmap_lock. Somebody may hold that while waiting for a
+page of a file: the process itself in mmap(2) of a FUSE file, a debugger that reads through /proc/PID/mem. Whoever
+must not wait therefore never looks: he believes what a thread that may wait found out within the last second, and
+lets one look again where there is nothing to believe.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from engine.errors import EngineError
+from engine.oslayers.native.procfs import ProcDirectory
+from engine.oslayers.native.regions import read_lines
+from engine.oslayers.native.storage import mapped_devices, may_wait
+
+AGE = 1.0
+"""Seconds for which a look is believed; longer where looking takes more than a twentieth of it."""
+COUNT = 4096
+"""Processes of which the last look is kept."""
+
+_Key = tuple[str, int, int]
+
+
+def _key(directory: ProcDirectory) -> _Key:
+    return directory.path, directory.pid, directory.start_ticks
+
+
+class Looks:
+    """The last look at each process; safe for threads. All who read one process share it."""
+
+    def __init__(self) -> None:
+        self._found: dict[_Key, tuple[float, bool]] = {}
+        self._lock = threading.Lock()
+
+    def answer(self, directory: ProcDirectory) -> bool | None:
+        """Whether reading that process may have to wait; None where nobody looked lately. Never waits."""
+        found = self._found.get((directory.path, directory.pid, directory.start_ticks))
+        return None if found is None or time.monotonic() >= found[0] else found[1]
+
+    def look(self, directory: ProcDirectory) -> bool:
+        """Find it out by the process's mappings; may wait for as long as its mmap_lock is held.
+
+        False where they cannot be looked at: a read then fails at once.
+        """
+        began = time.monotonic()
+        try:
+            with open(directory.open("maps"), "rb", buffering=0) as maps:
+                devices = mapped_devices(read_lines(maps.fileno()))
+        except (EngineError, OSError):
+            devices = {}
+        answer = may_wait(devices, lambda: directory.read_unchecked("mountinfo"))
+        now = time.monotonic()
+        key = _key(directory)
+        with self._lock:
+            self._found.pop(key, None)
+            self._found[key] = (now + max(AGE, 20 * (now - began)), answer)
+            while len(self._found) > COUNT:
+                del self._found[next(iter(self._found))]
+        return answer
+
+    def forget(self, directory: ProcDirectory) -> None:
+        """Believe the last look no more: the process runs another program."""
+        with self._lock:
+            self._found.pop(_key(directory), None)
+
+
+LOOKS = Looks()
+"""The one of this program."""
