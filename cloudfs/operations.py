@@ -96,9 +96,11 @@ class Owner:
 class Handle:
     """An open file."""
 
-    __slots__ = ("commands", "file", "group", "node")
+    __slots__ = ("commands", "file", "group", "node", "spoilt")
 
     def __init__(self, node: File, file: OpenFile) -> None:
+        self.spoilt = False
+        """Somebody wanted to cut the file through it: what he writes next was meant for an empty file."""
         self.node = node
         self.file = file
         self.commands = node.takes_commands
@@ -305,11 +307,17 @@ class TreeOperations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Sizes and times of files that take commands are accepted and ignored; all else is EPERM."""
+        """Sizes and times of files that take commands are accepted and ignored; all else is EPERM.
+
+        Editors cut a file and write it anew, whether or not it could be cut (vim): a handle through which
+        that was tried writes no more, lest a whole live memory be overwritten with what it was a while ago.
+        """
         node = self.inodes.node(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise PermissionError(f"mode and owner of {node.identity!r} cannot be changed")
         if not (isinstance(node, File) and node.takes_commands):
+            if fh is not None and fields.update_size:
+                self._handles[fh].spoilt = True
             raise PermissionError(f"size and times of {node.identity!r} cannot be changed")
         return await self.getattr(inode, ctx)
 
@@ -528,6 +536,8 @@ class TreeOperations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Store `buf` at `off`; gives how many bytes were stored."""
         handle = self._handles[fh]
+        if handle.spoilt:
+            raise PermissionError(f"what is written was meant for a new file: {handle.node.identity!r} was not cut")
         if handle.file.may_block:
             write = functools.partial(handle.file.write, off, buf)
             count = await self.in_thread(handle.group, handle.node, "write", write)

@@ -80,8 +80,11 @@ class OpenControl(OpenFile):
         return True
 
     def read(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview:
-        """See `OpenFile.read`; the text is made anew whenever it is read from its beginning."""
-        if offset == 0:
+        """See `OpenFile.read`; the text is made anew whenever it is read from its beginning.
+
+        Where the first read lies further back (`tail -c +N`, `dd skip=`) it is made too.
+        """
+        if offset == 0 or not self._text:
             self._text = self._render()
         return self._text[offset : offset + size]
 

@@ -184,6 +184,11 @@ def test_a_text_read_in_pieces_is_one_text(tree):
     assert pieces.decode() == whole
 
 
+def test_who_begins_to_read_further_back_reads_what_stands_there(tree):
+    whole = content(open_at(tree, "connector/new")).encode()
+    assert bytes(open_at(tree, "connector/new").read(10, 50, SCRATCH)) == whole[10:60]
+
+
 def test_reading_shows_a_command_that_runs():
     begun, go_on = threading.Event(), threading.Event()
 
