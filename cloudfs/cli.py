@@ -13,18 +13,15 @@ A command is imported when it is used and only then: what is heavy for it costs 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
-import importlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from cloudfs.commands._arguments import Exit, Parser, UsageError, add_common_options, parse, split_command
+from cloudfs.commands._catalogue import command_names, load_command, parser_of, summary
 from cloudfs.commands._streams import OutputError, ReaderGoneError, flush, put, say
 
 log = logging.getLogger("cloudfs")
@@ -67,35 +64,9 @@ examples:
 """
 
 
-def command_names() -> list[str]:
-    """The commands there are: the files of cloudfs/commands, but those that begin with an underscore."""
-    return sorted(file.stem for file in Path(__file__).with_name("commands").glob("[!_]*.py"))
-
-
-def load_command(name: str) -> Any:
-    """The module of a command. Raises UsageError where there is none."""
-    names = command_names()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UsageError(f"there is no command {name!r}{meant}; the commands are {', '.join(names)}")
-    return importlib.import_module(f"cloudfs.commands.{name}")
-
-
-def _parser(name: str, command: Any) -> Parser:
-    parser = Parser(
-        prog=f"cloudfs {name}", description=command.__doc__.strip(), epilog=f"examples:\n{command.EXAMPLES.rstrip()}"
-    )
-    command.configure(parser)
-    add_common_options(parser)
-    return parser
-
-
 def _help() -> str:
     lines = ["usage: cloudfs COMMAND [OPTIONS] [WORDS]", "", "commands:"]
-    for name in command_names():
-        summary = load_command(name).__doc__.strip().split("\n", 1)[0]
-        lines.append(f"  {name:<10}{summary}")
+    lines += [f"  {name:<12}{summary(name)}" for name in command_names()]
     return "\n".join(lines) + "\n" + ABOUT
 
 
@@ -121,8 +92,10 @@ def configure_logging(verbose: int, file: str | None) -> None:
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit code; never raises."""
+def main(
+    words: Sequence[str] | None = None, *, forgive: Callable[[BaseException], bool] | None = None
+) -> int:
+    """Run one command line and give its exit code; never raises. An error that `forgive` accepts is none."""
     # numpy's threads for matrices have nothing to do here, and take 0.1 s of CPU to start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name: str | None = None
@@ -133,6 +106,9 @@ def main(words: Sequence[str] | None = None) -> int:
         code = _run(name, rest)
         flush()
     except BaseException as error:  # the one boundary: whatever happened becomes a sentence and a code
+        if forgive is not None and forgive(error):
+            log.info("%s", error)
+            return Exit.DONE
         code = _failed(name, error, no_color="--no-color" in words)
     return code
 
@@ -155,7 +131,7 @@ def _run(name: str | None, words: list[str]) -> int:
     if name is None:
         return _run_alone(words)
     command = load_command(name)
-    parser = _parser(name, command)
+    parser = parser_of(name)
     arguments = parse(parser, words)
     if arguments.help or arguments.version:
         put(parser.format_help() if arguments.help else _version())

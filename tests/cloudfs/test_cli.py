@@ -20,11 +20,11 @@ from targets import running_target
 import engine
 from cloudfs.cli import command_names
 
-COMMANDS = ["info", "maps", "modules", "mount", "plugins", "ps", "read", "targets", "umount", "write"]
+COMMANDS = ["completion", "info", "maps", "modules", "mount", "plugins", "ps", "read", "targets", "umount", "write"]
 
 
 def test_the_commands_are_the_files_of_the_package():
-    assert command_names() == COMMANDS
+    assert list(command_names()) == COMMANDS
 
 
 def test_alone_it_prints_a_short_tour():
