@@ -6,7 +6,7 @@
 # Afterwards .venv/bin/cloudfs runs. Nothing outside of the clone is changed but Debian packages that are missing, and
 # the link /etc/mtab where a system has never been started (a container, a debootstrap root).
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 
 say() { if [ -t 2 ]; then printf '\033[1m==>\033[0m %s\n' "$*" >&2; else printf '==> %s\n' "$*" >&2; fi; }
@@ -71,9 +71,15 @@ install_packages() {
     [ -z "${missing% }" ] || fail "still missing after the installation: $missing(is python3 at least 3.11?)"
 }
 
+# Its scripts carry the path at which it was made; python3 -m venv notes that path since 3.11.
+venv_works() {
+    "$venv/bin/python" -c 'import pip' 2>/dev/null || return 1
+    ! grep -q '^command = ' "$venv/pyvenv.cfg" || grep -qF -- "$venv" "$venv/pyvenv.cfg"
+}
+
 make_venv() {
     local python=$1
-    if [ -e "$venv" ] && ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    if [ -e "$venv" ] && ! venv_works; then
         say "the virtual environment in .venv is broken (was the folder moved?); making it anew"
         rm -rf "$venv"
     fi
@@ -84,26 +90,26 @@ make_venv() {
 }
 
 setup() {
-    local extras=$1 python wanted stamp log what
+    local extras=$1 python wanted stamp log what why
     shift
     install_packages "$@"
     need_mtab
     python=$(find_python) || fail "python 3.11 or newer is needed; set CLOUDFS_PYTHON to one"
     make_venv "$python"
-    what=$root
-    [ "$extras" = - ] || what="$root[$extras]"
+    what=.
+    [ "$extras" = - ] || what=".[$extras]"
     stamp=$venv/.cloudfs-${extras//[^a-z]/-}
     wanted="$root $(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         say "installing cloudfs and what it stands on into .venv"
-        log=$(mktemp)
-        if ! PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$root/constraints.txt \
-            "$venv/bin/python" -m pip install -q -e "$what" >"$log" 2>&1 </dev/null; then
-            tail -n 20 "$log" >&2
-            rm -f "$log"
-            fail "pip could not install cloudfs; see above (a network that does not answer? then run this again)"
+        log=$venv/cloudfs-install.log
+        # PIP_CONSTRAINT holds for building too, but is split at spaces: the path must not have any.
+        if ! (cd "$root" && PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt \
+            "$venv/bin/python" -m pip install -q -e "$what") >"$log" 2>&1 </dev/null; then
+            why=$(grep -E '^ *ERROR: ' "$log" | tail -n 1 | sed 's/^ *ERROR: //') || true
+            fail "pip could not install cloudfs (${why:-no reason given}); is the network there? Run this again then;" \
+                "all that pip said is in $log"
         fi
-        rm -f "$log"
         printf '%s' "$wanted" >"$stamp"
     fi
 }

@@ -196,6 +196,8 @@ def main(arguments: list[str]) -> int:
             except KeyboardInterrupt:
                 print("\nunmounting")
                 return 0
+            if server.returncode:
+                return fail(f"the mount has ended by itself (exit status {server.returncode})")
             print("It was unmounted.")
             return 0
     except KeyboardInterrupt:

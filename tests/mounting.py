@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,25 @@ def require_fuse() -> None:
     require(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse is not open to this user")
 
 
+def require_unmounting_helper() -> None:
+    """Skip where nobody unmounts after a daemon of this user that was killed."""
+    try:
+        said = subprocess.run(["fusermount3", "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        require(condition=False, reason="there is no fusermount3")
+        return
+    version = tuple(int(number) for number in re.findall(r"\d+", said.stdout.partition("version:")[2])[:3])
+    require(os.geteuid() == 0 or version > (3, 14, 0), "fusermount3 of libfuse 3.14.0 unmounts for root alone")
+
+
+def take_away(folder: Path) -> None:
+    """Abort what is mounted there, as far as this user may, and detach it."""
+    for command in (["umount", "-f", "-l"], ["fusermount3", "-u", "-z"]):
+        if is_mounted(folder):
+            with contextlib.suppress(OSError):
+                subprocess.run([*command, str(folder)], capture_output=True, timeout=30, check=False)
+
+
 @contextlib.contextmanager
 def mounted(*arguments: str, limit: float = 90, environment: dict[str, str] | None = None) -> Iterator[Mount]:
     """`cloudfs mount ARGUMENTS FOLDER` in the foreground; unmounted at the end by SIGTERM, as a service would be."""
@@ -63,7 +83,7 @@ def mounted(*arguments: str, limit: float = 90, environment: dict[str, str] | No
         )  # fmt: skip
 
     def abort() -> None:
-        subprocess.run(["umount", "-f", "-l", str(folder)], capture_output=True, timeout=30, check=False)
+        take_away(folder)
         daemon.kill()
 
     timer = threading.Timer(limit, abort)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from commandline import COMMAND, cloudfs, environment, on_terminal, sentence, unprivileged
-from mounting import is_mounted, mounted, require_fuse
+from mounting import is_mounted, mounted, require_fuse, require_unmounting_helper, take_away
 from support import REFUSED_WRITE, require, require_abort
 from targets import running_target
 
@@ -37,15 +37,12 @@ def point(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "mount point"
     folder.mkdir()
 
-    def clear() -> None:
-        while is_mounted(folder):
-            subprocess.run(["umount", "-f", "-l", str(folder)], capture_output=True, timeout=30, check=False)
-
-    timer = threading.Timer(LIMIT, clear)
+    timer = threading.Timer(LIMIT, take_away, [folder])
     timer.start()
     yield folder
     timer.cancel()
-    clear()
+    take_away(folder)
+    assert not is_mounted(folder)
 
 
 @contextlib.contextmanager
@@ -386,8 +383,7 @@ def test_over_the_mount_of_a_daemon_that_was_killed_one_can_mount_again(point, i
 
 
 def test_by_default_the_mount_of_a_killed_daemon_goes_by_itself(point, image):
-    helper = subprocess.run(["sh", "-c", "command -v fusermount3"], capture_output=True, timeout=10, check=False)
-    require(helper.returncode == 0, "there is no fusermount3")
+    require_unmounting_helper()
     with daemon(point, str(image)) as pid:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_mounted(point), "unmounted")

@@ -22,6 +22,7 @@ from pathlib import Path
 import made_up_tree
 import pytest
 from made_up_tree import BUGS, GOOD_NAMES, MEMORY_SIZE, pattern
+from mounting import require_unmounting_helper
 from support import require, require_abort
 
 from cloudfs.mountpoint import (
@@ -549,7 +550,7 @@ def test_a_dead_mount_is_cleared_by_the_next_one(mounter: Mounter) -> None:
 
 
 def test_a_killed_daemon_is_unmounted_by_the_helper(mounter: Mounter) -> None:
-    require(shutil.which("fusermount3"), "fusermount3 is not installed")
+    require_unmounting_helper()
     mounted = mounter()
     mounted.daemon.kill()
     mounted.daemon.wait(10)

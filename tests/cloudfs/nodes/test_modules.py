@@ -223,15 +223,13 @@ def test_hostile_headers_make_a_small_file_that_can_be_read(loads):
 @pytest.fixture(scope="module")
 def target():
     """A program with libraries, and its modules in the tree."""
-    process = subprocess.Popen([sys.executable, "-c", "import ssl, ctypes; input()"], stdin=subprocess.PIPE)
+    code = "import ssl, ctypes; print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        process.stdout.readline()
         with open_target("native") as machine:
             root = build_root(machine)
-            path = f"os/native/processes/{process.pid}"
-            for _ in range(2000):
-                if any(name.startswith("libssl") for name in names(root, f"{path}/modules")):
-                    break
-            yield root, path
+            yield root, f"os/native/processes/{process.pid}"
     finally:
         process.kill()
         process.communicate()
