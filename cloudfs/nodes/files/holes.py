@@ -8,7 +8,7 @@ import time
 from cloudfs.node import no_data
 from engine.memory import Memory
 
-NEAR = 32 << 20
+NEAR = 256 << 20
 """Bytes that are looked through without a thread: 0.4 ms where the kernel tells of every page (before 6.7)."""
 WINDOW = 16 << 30
 """Bytes that are looked through between two looks at the clock, at first."""
