@@ -55,12 +55,22 @@ class InstancesDirectory(ContextDirectory[TreeContext]):
         return InstanceDirectory(InstanceContext.of(instance), "instance", self.entries)
 
     def remove_child(self, name: str) -> None:
-        """See `Directory.remove_child`. Raises TargetBusyError naming what stands on it."""
+        """See `Directory.remove_child`. Raises TargetBusyError naming what stands on it.
+
+        rmdir(2) has only an errno to tell: `new` says the sentence.
+        """
         machine = self.context.machine
         instance = machine.find(self.kind, name)
         if instance is None:
             raise PermissionError(f"{name} cannot be removed: it is no instance")
-        machine.remove(self.kind, name)
+        results = self.context.results[self.kind]
+        result = results.begin(f"rmdir {name}")
+        try:
+            machine.remove(self.kind, name)
+        except BaseException as error:
+            results.end(result, str(error) or type(error).__name__, failed=True)
+            raise
+        results.end(result, f"{name} is closed")
         KEPT.forget(instance)
 
     def _new(self) -> ControlFile:
