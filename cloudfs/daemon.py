@@ -11,13 +11,17 @@ Fork before threads are started and before anything large is imported.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
 
 from engine.errors import TargetGoneError
+
+log = logging.getLogger(__name__)
 
 _STARTED = b"\1"
 STOP_LIMIT = 10.0
@@ -74,6 +78,20 @@ def begin() -> Background | Outcome:
     except KeyboardInterrupt:
         _stop(child)
         raise
+
+
+def tell_service_manager(state: str) -> None:
+    """Send a line such as READY=1 to whoever has started this process as a service, if anyone has: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.settimeout(2)
+            out.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+            out.sendall(state.encode())
+    except OSError as error:
+        log.warning("the service manager cannot be told %s: %s", state, error)
 
 
 def _outcome(child: int, report: bytes) -> Outcome:

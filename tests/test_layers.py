@@ -75,6 +75,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
     "cloudfs.cli": ("cloudfs.commands.*",),
     "cloudfs.__main__": ("cloudfs.cli",),
+    "cloudfs.mount_helper": ("cloudfs.cli", "cloudfs.commands.*"),
 }  # fmt: skip
 FUSE = {
     "cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads", "cloudfs.seeking",

@@ -181,6 +181,7 @@ class _Session:
 
             def ready() -> None:
                 log.info("%s", self._title(target))
+                daemon.tell_service_manager("READY=1")
                 if background is not None:
                     background.started(self._report(target, output))
                 elif output.json:

@@ -1,4 +1,8 @@
-"""Unmounts what `cloudfs mount` has mounted, also where its daemon is dead."""
+"""Unmounts what `cloudfs mount` has mounted, also where its daemon is dead.
+
+A mount that is in use stays, and who uses it is said. With --force it ends nevertheless, at once, also when it hangs:
+files that are open there give errors from then on. That needs root, or /sys/fs/fuse/connections.
+"""
 
 from __future__ import annotations
 
