@@ -285,8 +285,9 @@ def test_a_small_file_is_copied_the_same_with_and_without(tmp_path, region, word
     with mounted(*words, str(truth)) as mount:
         file = next(mount.folder.glob("connector/*/phys_mem"))
         for how in ("auto", "always", "never"):
-            run("cp", f"--sparse={how}", file, tmp_path / "copy")
-            assert (tmp_path / "copy").read_bytes() == truth.read_bytes()
+            copy = tmp_path / f"copied {how}"
+            run("cp", f"--sparse={how}", file, copy)
+            assert copy.read_bytes() == truth.read_bytes()
         run("tar", "-C", file.parent, "-Scf", tmp_path / "image.tar", file.name)
         assert run("tar", "-xOf", tmp_path / "image.tar") == truth.read_bytes()
         assert run("grep", "-a", "-c", "data", file) == run("grep", "-a", "-c", "data", truth)

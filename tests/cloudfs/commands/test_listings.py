@@ -102,11 +102,13 @@ def test_ps_in_a_pipe_is_tab_separated_without_titles(target):
 
 
 def test_a_command_line_with_control_characters_is_escaped():
-    process = subprocess.Popen(["sh", "-c", "read x", "\x1b[31m\ttab\nline\udcff"], stdin=subprocess.PIPE)
+    words = ["sh", "-c", "echo; read x", "\x1b[31m\ttab\nline\udcff"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()  # Popen returns before exec(2) is through: the command line may still be empty
     try:
         shown = in_process("ps", str(process.pid)).stdout
         assert shown.endswith(b"\\033[31m\\011tab\\012line\\377\n")
-        assert document("ps", str(process.pid))[0]["command_line"][2] == "read x"
+        assert document("ps", str(process.pid))[0]["command_line"][2] == "echo; read x"
     finally:
         process.communicate()
 
