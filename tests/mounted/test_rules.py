@@ -20,6 +20,9 @@ from mounting import mounted
 from support import require
 
 PAGE = 4096
+NO_CHANGE = {"EPERM"} if os.geteuid() == 0 else {"EPERM", "EACCES"}
+"""The kernel answers users other than root, by the mode of the directory, before we are asked."""
+NO_WRITE = "EROFS" if os.geteuid() == 0 else "EACCES"
 _NAMES = iter(range(10_000))
 
 _PROGRAM = r"""
@@ -377,7 +380,7 @@ def memory_file(request, top, image) -> Iterator[Path]:
     ids="O_TRUNC O_APPEND O_RDONLY|O_TRUNC cut grow utime chmod chown unlink rename link".split(),
 )
 def test_a_memory_file_refuses_what_would_change_more_than_bytes(memory_file, habit):
-    assert errno_of(lambda: habit(memory_file)) == "EPERM"
+    assert errno_of(lambda: habit(memory_file)) in NO_CHANGE
 
 
 @pytest.mark.parametrize("memory_file", ["phys_mem"], indirect=True)
@@ -409,7 +412,7 @@ def test_who_could_not_cut_a_file_does_not_overwrite_it_either(memory_file):
 )
 def test_nothing_can_be_made(top, where, make):
     directory = top / where.replace("self", str(os.getpid()))
-    assert errno_of(lambda: make(directory / "made-up")) == "EPERM"
+    assert errno_of(lambda: make(directory / "made-up")) in NO_CHANGE
 
 
 # -- instances -----------------------------------------------------------------------------------------------
@@ -443,14 +446,14 @@ def test_rm_rf_of_an_instance_removes_nothing(image):
     before = (image / "phys_mem").read_bytes()
     done = shell('rm -rf "$1"', image)
     assert done.returncode != 0
-    assert "Operation not permitted" in done.stderr
+    assert "Operation not permitted" in done.stderr or "Permission denied" in done.stderr
     assert (image / "phys_mem").read_bytes() == before
 
 
 def test_only_instances_can_be_removed(top, image):
     for path in (top / "connector", top / "os/native/processes", top / f"os/processes/{os.getpid()}"):
-        assert errno_of(lambda path=path: os.rmdir(path)) == "EPERM"
-    assert errno_of(lambda: os.rmdir(image / "info")) in ("ENOTDIR", "EPERM")
+        assert errno_of(lambda path=path: os.rmdir(path)) in NO_CHANGE
+    assert errno_of(lambda: os.rmdir(image / "info")) in {"ENOTDIR", *NO_CHANGE}
 
 
 # -- names and owners ----------------------------------------------------------------------------------------
@@ -573,7 +576,7 @@ def test_the_mount_is_never_read_only_for_the_kernel():
         assert {"nosuid", "nodev"} <= set(line.split()[5].split(","))
         name = fresh()
         (mount.folder / "connector/new").write_text(f"{name} dummy:size=4K\n")
-        assert errno_of(lambda: os.open(mount.folder / f"connector/{name}/phys_mem", os.O_WRONLY)) == "EROFS"
+        assert errno_of(lambda: os.open(mount.folder / f"connector/{name}/phys_mem", os.O_WRONLY)) == NO_WRITE
         os.rmdir(mount.folder / "connector" / name)
 
 
