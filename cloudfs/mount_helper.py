@@ -8,7 +8,9 @@ stands; its exit codes are those of mount(8).
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import io
 import os
 import re
 import sys
@@ -79,6 +81,8 @@ class Request:
     """Of `cloudfs`."""
     fake: bool = False
     nofail: bool = False
+    verbose: bool = False
+    """Else nothing is printed where all goes well, as for every mount."""
 
 
 def split_options(text: str) -> list[str]:
@@ -120,7 +124,7 @@ def read_request(arguments: Sequence[str]) -> Request:
             elif letter in "fsnvrw":
                 request.fake |= letter == "f"
                 sloppy |= letter == "s"
-                request.words += ["-v"] if letter == "v" else []
+                request.verbose |= letter == "v"
                 options += ["ro"] if letter == "r" else []
             else:
                 raise HelperUsageError(f"there is no option -{letter}: {USAGE}")
@@ -128,6 +132,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         raise HelperUsageError(f"want one TARGET and one MOUNTPOINT: {USAGE}")
     for option in options:
         _add_option(request, option, sloppy)
+    request.words += ["-v"] if request.verbose else []
     request.words += ["--", *places]
     return request
 
@@ -165,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if request.fake:
         return MountExit.DONE
     here = os.getpid()
-    code = cli.main(request.words, forgive=is_absent if request.nofail else None)
+    with contextlib.nullcontext() if request.verbose else contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main(request.words, forgive=is_absent if request.nofail else None)
     return exit_code(code) if os.getpid() == here else code  # the daemon's code goes through its parent
 
 
@@ -173,7 +179,7 @@ def is_absent(error: BaseException) -> bool:
     """Whether an error says that the target does not exist."""
     from engine.errors import NotFoundError
 
-    return isinstance(error, NotFoundError | FileNotFoundError)
+    return isinstance(error, NotFoundError)
 
 
 def exit_code(code: int) -> MountExit:

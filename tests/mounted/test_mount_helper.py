@@ -85,7 +85,7 @@ def memory_of(point: Path) -> Path:
 def test_mount_returns_when_the_mount_stands_and_umount_ends_it(linked, image, point):
     options = "rw,nofail,_netdev,x-systemd.automount,allow_other"
     done = run("mount", "-t", "fuse.cloudfs", f"raw:{image}", point, "-o", options)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert memory_of(point).read_bytes() == CONTENT
     done = run("umount", point)
     assert (done.returncode, done.stderr) == (0, "")
@@ -133,6 +133,7 @@ def test_mount_gives_the_exit_codes_of_its_manual(linked, image, point, tmp_path
     assert code(f"raw:{missing}", point) == 32
     assert code(missing, point, "-o", "nofail") == 0
     assert code(f"raw:{missing}", point, "-o", "nofail") == 0
+    assert code(f"raw:{image}", point, "-o", f"nofail,log_file={tmp_path}/nowhere/log") == 32
     assert code(f"raw:{image}", point, "-o", "nofail,nonsense") == 1
     assert code(f"raw:{image}", point, "-s", "-f", "-o", "nonsense") == 0
     assert code(f"raw:{image}", point, "-o", "ro,writable") == 1
@@ -154,6 +155,11 @@ def test_a_mount_point_that_is_missing_fails_in_spite_of_nofail(helper, image, t
     done = run(helper, f"raw:{image}", tmp_path / "nowhere", "-o", "nofail")
     assert done.returncode == 32
     assert "does not exist" in done.stderr
+
+
+def test_with_v_it_says_what_was_mounted(helper, image, point):
+    done = run(helper, f"raw:{image}", point, "-v")
+    assert (done.returncode, str(point) in done.stdout) == (0, True)
 
 
 def test_it_says_what_it_is_and_how_it_is_used(helper):
