@@ -185,7 +185,7 @@ class OpenFile(ABC):
         """close(2) of one of its descriptors, for files that take commands; an error is close(2)'s."""
 
     def release(self) -> None:
-        """The last descriptor is closed."""
+        """The last descriptor is closed. It must not wait: it drops what the file held."""
 
 
 def no_data() -> OSError:

@@ -569,12 +569,15 @@ class TreeOperations(pyfuse3.Operations):
 
     @guarded
     async def release(self, fh: int) -> None:
-        """The last descriptor is closed; nobody sees an error."""
-        handle = self._handles.pop(fh)
-        if handle.file.may_block:
-            await self.in_thread(handle.group, handle.node, "release", handle.file.release)
-        else:
-            handle.file.release()
+        """The last descriptor is closed; nobody sees an error.
+
+        Never in a thread: where all of the group hang the file would never be released.
+        """
+        self.watchdog.enter()
+        try:
+            self._handles.pop(fh).file.release()
+        finally:
+            self.watchdog.leave()
 
     def close(self) -> None:
         """Release what is still open: the mount has ended."""

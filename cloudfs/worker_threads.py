@@ -22,6 +22,8 @@ T = TypeVar("T")
 THREADS_PER_GROUP = 16
 WAITING_PER_GROUP = 64
 """Requests of one group that wait for a thread; more are refused, so that they do not use up pyfuse3's tasks."""
+THREADS = 512
+"""Of all groups together: so many processes that hang are met by nobody's accident."""
 SCRATCH_SIZE = 1 << 20
 """The kernel asks for 1 MiB at the most: 256 pages, fs.fuse.max_pages_limit."""
 SCRATCHES_KEPT = 8
@@ -94,6 +96,8 @@ class WorkerThreads:
         wait already. A result that comes later is given to `discard`, in the thread.
         """
         limiter = self._limiters.get(group)
+        if len(self._limiters) * THREADS_PER_GROUP >= THREADS and self.busy >= THREADS:
+            raise TargetTimeoutError(f"{what} was not begun: {THREADS} threads wait for targets already")
         if limiter is None:
             limiter = self._limiters[group] = trio.CapacityLimiter(THREADS_PER_GROUP)
         elif limiter.statistics().tasks_waiting >= WAITING_PER_GROUP:

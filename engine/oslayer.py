@@ -92,6 +92,11 @@ class Process(Capable):
         """The record of the process as it is now (live) or was (dump)."""
 
     @property
+    def name(self) -> str:
+        """Its name, as in `info`; overridden where the whole record is dearer or may have to wait."""
+        return self.info.name
+
+    @property
     def identity(self) -> Hashable:
         """What tells it from another process that gets the same PID."""
         info = self.info

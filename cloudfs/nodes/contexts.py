@@ -148,6 +148,14 @@ class ProcessContext(Context):
         opening, identity = instance.identity, instance.process(pid).identity
         return cls(instance, (opening, pid, identity), pid, identity, opening)
 
+    @property
+    def thread_group(self) -> Hashable:
+        """See `Node.thread_group`: one for each process where each is asked by itself.
+
+        A process of this host whose mmap_lock is held for ever takes the threads of its own group alone.
+        """
+        return self.key if self.reads_block and not self.may_block else self.instance.identity
+
     def check(self) -> Instance:
         """The instance. Raises ConnectorClosedError where it was removed, or opened anew since."""
         return check_opening(self.instance, self.opening)
@@ -203,6 +211,11 @@ class ThreadContext(Context):
         """The thread that has that number and started then."""
         return cls(process.instance, (process.key, tid, start_ticks), process, tid)
 
+    @property
+    def thread_group(self) -> Hashable:
+        """As the process."""
+        return self.process.thread_group
+
     def owner(self) -> Owner:
         """As the process."""
         return self.process.owner()
@@ -222,6 +235,11 @@ class ModuleContext(Context):
     def of(cls, parent: ProcessContext | InstanceContext, name: str, info: ModuleInfo) -> ModuleContext:
         """The module of that file name."""
         return cls(parent.instance, (parent.key, "module", name, info.base, info.size), parent, name, info)
+
+    @property
+    def thread_group(self) -> Hashable:
+        """As the process."""
+        return self.parent.thread_group
 
     def module(self) -> Module:
         """The module. Raises NotFoundError where it is mapped no more, or elsewhere."""

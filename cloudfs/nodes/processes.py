@@ -59,7 +59,7 @@ def process_names(context: InstanceContext) -> dict[int, str]:
     names = {}
     for pid in instance.pids():
         try:
-            names[pid] = instance.process(pid).info.name
+            names[pid] = instance.process(pid).name
         except EngineError:
             continue
     return names
@@ -124,7 +124,7 @@ class ByPidNameDirectory(ContextDirectory[InstanceContext]):
         if pid is None:
             return None
         try:
-            raw = self.context.check().process(pid).info.name
+            raw = self.context.check().process(pid).name
         except NotFoundError:
             return None
         return ContextLink(self.context, name, f"../{pid}") if name == file_name(raw, f" ({pid})") else None

@@ -12,6 +12,7 @@ from engine.oslayer import C, HostOwned, Module, Process, ProcFiles
 from engine.oslayers.native.files import NativeFiles
 from engine.oslayers.native.memory import NativeMemory
 from engine.oslayers.native.procfs import (
+    ARGUMENTS_LIMIT,
     PF_KTHREAD,
     ProcDirectory,
     Stat,
@@ -68,11 +69,19 @@ class NativeProcess(Process, HostOwned):
         return self.pid, self.start_ticks
 
     @property
+    def name(self) -> str:
+        """See `Process.name`. Unlike the arguments in `info` it is told without the process's mmap_lock."""
+        return os.fsdecode(self.directory.stat().name)
+
+    @property
     def info(self) -> ProcessInfo:
-        """See `Process.info`. Five small files are read, and no other; about 50 us."""
+        """See `Process.info`. Five small files are read, and no other; about 50 us.
+
+        Of the arguments the first 256 KiB are told: a process may say that it has any number.
+        """
         directory = self.directory
         status = directory.read_unchecked("status")
-        arguments = directory.read_unchecked("cmdline")
+        arguments = directory.read_unchecked("cmdline", ARGUMENTS_LIMIT)
         auxv = directory.read_unchecked("auxv")
         try:
             executable: str | None = os.readlink(f"{directory.path}/exe")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from fake_os import READ, FakeModule, Life, Pieces, fake_machine
-from tree import SCRATCH, at, directory, kind_of, read_all, walk
+from tree import SCRATCH, at, directory, kind_of, read, read_all, walk
 
 from cloudfs.inodes import InodeTable
 from cloudfs.node import Directory, File, Link
@@ -183,8 +183,8 @@ def test_the_memory_of_a_real_process_is_what_it_says(sleeper):
         with open(f"/proc/{sleeper}/mem", "rb", buffering=0) as mem:
             wanted = os.pread(mem.fileno(), stop - start, start)
         file = at(root, f"os/processes/{sleeper}/mem").open(os.O_RDONLY)
-        data = file.read_nowait(start, stop - start, SCRATCH)
-        assert bytes(data) == wanted
+        assert read(file, start, stop - start) == wanted
+        assert file.read_nowait(start, stop - start, SCRATCH) == wanted
         region = f"{start:08x}-{stop:08x}.rw-p.[stack]"
         assert read_all(at(root, f"os/processes/{sleeper}/regions/{region}")) == wanted
         file.release()

@@ -1,0 +1,114 @@
+"""A FUSE file system that stops answering, in a process of its own: `python dead_filesystem.py FOLDER`.
+
+Two files, `cached` and `direct`, of 16 MiB each; the first mebibyte is answered at once, the rest never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+SIZE = 16 << 20
+ANSWERED = 1 << 20
+NAMES = (b"cached", b"direct")
+MNT_FORCE, MNT_DETACH = 1, 2
+
+
+def abort(*folders: Path | str) -> None:
+    """End the connections of these mounts and take them away, without a look at them."""
+    libc = ctypes.CDLL(None)
+    for folder in folders:
+        for flags in (MNT_FORCE, MNT_DETACH):
+            libc.umount2(os.fsencode(folder), flags)
+
+
+GUARD = """
+import ctypes, os, select, signal, sys
+if not select.select([0], [], [], float(sys.argv[1]))[0]:
+    libc = ctypes.CDLL(None)
+    for word in sys.argv[2:]:
+        if not word.isdigit():
+            libc.umount2(os.fsencode(word), 1)
+            libc.umount2(os.fsencode(word), 2)
+    for word in sys.argv[2:]:
+        if word.isdigit():
+            try: os.kill(int(word), signal.SIGKILL)
+            except OSError: pass
+"""
+
+
+@contextlib.contextmanager
+def guarded(seconds: float, *words: object) -> Iterator[None]:
+    """After so many seconds another process aborts these mounts and kills these PIDs, whatever hangs here."""
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD, str(seconds), *map(str, words)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        guard.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def dead_filesystem(folder: Path, limit: float = 60) -> Iterator[Path]:
+    """The file system at `folder`, aborted at the end, and after `limit` seconds anyhow."""
+    folder.mkdir(exist_ok=True)
+    daemon = subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True)
+    with guarded(limit, folder, daemon.pid):
+        try:
+            assert daemon.stdout is not None
+            assert daemon.stdout.readline() == "ready\n"
+            yield folder
+        finally:
+            abort(folder)
+            daemon.kill()
+            daemon.communicate(timeout=10)
+
+
+def main() -> None:
+    import pyfuse3
+    import trio
+
+    class Operations(pyfuse3.Operations):
+        def init(self) -> None:
+            threading.Timer(0.1, lambda: print("ready", flush=True)).start()
+
+        def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+            entry = pyfuse3.EntryAttributes()
+            entry.st_ino = inode
+            entry.st_mode = stat.S_IFDIR | 0o755 if inode == 1 else stat.S_IFREG | 0o755
+            entry.st_size = 0 if inode == 1 else SIZE
+            entry.entry_timeout = entry.attr_timeout = 300
+            return entry
+
+        async def getattr(self, inode: int, ctx: object) -> pyfuse3.EntryAttributes:
+            return self._attributes(inode)
+
+        async def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
+            if name not in NAMES:
+                raise pyfuse3.FUSEError(2)
+            return self._attributes(2 + NAMES.index(name))
+
+        async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
+            direct = NAMES[inode - 2] == b"direct"
+            return pyfuse3.FileInfo(fh=inode, direct_io=direct, keep_cache=True)
+
+        async def read(self, fh: int, off: int, size: int) -> bytes:
+            if off + size > ANSWERED:
+                await trio.sleep_forever()
+            return b"a" * size
+
+    pyfuse3.init(Operations(), sys.argv[1], {"fsname=dead", "default_permissions"})
+    with contextlib.suppress(BaseException):
+        trio.run(pyfuse3.main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Whatever a process maps, holds open or waits for: the mount goes on answering, and nothing needs a reboot.
+
+Every test has a guard, another process, that aborts the connections when its time is up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from dead_filesystem import ANSWERED, abort, dead_filesystem, guarded
+from mounting import Mount, is_mounted, mounted
+
+LIMIT = 80
+SLOWEST = 2.0
+"""Seconds that a listing of the root may take on a noisy machine; it takes 1 ms, and a loop that hangs 10 s."""
+
+PROBER = """
+import os, sys, threading, time
+worst, count, stop = 0.0, 0, threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+print("ready", flush=True)
+while not stop.wait(0.005):
+    began = time.monotonic()
+    os.listdir(sys.argv[1])
+    worst, count = max(worst, time.monotonic() - began), count + 1
+print(worst, count)
+"""
+
+
+@contextlib.contextmanager
+def responsive(mount: Mount) -> Iterator[None]:
+    """`ls` of the root answers throughout."""
+    prober = subprocess.Popen(
+        [sys.executable, "-c", PROBER, str(mount.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert prober.stdout is not None
+        assert prober.stdout.readline() == "ready\n"
+        yield
+        said, _ = prober.communicate(timeout=30)
+    finally:
+        prober.kill()
+        prober.communicate(timeout=10)
+    worst, count = said.split()
+    assert float(worst) < SLOWEST, f"a listing of the root took {worst} s"
+    assert int(count) > 0
+
+
+CLIENT = """
+import ctypes, mmap, os, signal, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [
+    ctypes.c_long]
+def map_file(path, size, offset=0):
+    descriptor = os.open(path, os.O_RDONLY)
+    return libc.mmap(None, size, 1, 2, descriptor, offset)  # PROT_READ, MAP_PRIVATE
+secret = ctypes.create_string_buffer(b"a known secret")
+folder = sys.argv[1]
+"""
+
+
+@contextlib.contextmanager
+def client(code: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that runs `code` after CLIENT and stays; with the numbers that it has printed."""
+    code = f"{CLIENT}\n{code}\nprint(ctypes.addressof(secret), *said, flush=True)\nsys.stdin.read()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process, [int(word) for word in process.stdout.readline().split()]
+    finally:
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs ends once the connection is aborted
+            process.wait(5)
+
+
+def outcome(act: Callable[[], object], limit: float = 30) -> object:
+    """What `act` gives, or the errno that it raises; in a thread, given up after `limit` seconds."""
+    found: list[object] = []
+
+    def run() -> None:
+        try:
+            found.append(act())
+        except OSError as error:
+            found.append(error.errno)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    assert found, f"no answer after {limit} s"
+    return found[0]
+
+
+def read_at(path: Path, size: int, offset: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def look_at_all(directory: Path, address: int) -> dict[str, object]:
+    """What reading everything of a process comes to."""
+    return {
+        "mem": outcome(lambda: read_at(directory / "mem", 14, address)),
+        "maps": outcome(lambda: len((directory / "maps").read_bytes()) > 100),
+        "fd": outcome(lambda: [os.readlink(directory / "fd" / name) for name in os.listdir(directory / "fd")]),
+        "exe": outcome(lambda: os.readlink(directory / "exe")),
+        "cwd": outcome(lambda: os.readlink(directory / "cwd")),
+        "modules": outcome(lambda: len(os.listdir(directory / "modules")) > 0),
+        "regions": outcome(lambda: len(os.listdir(directory / "regions")) > 3),
+        "info": outcome(lambda: len((directory / "info").read_bytes()) > 10),
+    }
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(8 << 20))
+    return path
+
+
+def processes(mount: Mount) -> Path:
+    return mount.folder / "os/native/processes"
+
+
+# -- a process inside our own mount ------------------------------------------------------------------------
+
+
+INSIDE = {
+    "an open file": "os.chdir('/'); file = open(folder + '/connector/raw/phys_mem', 'rb'); file.read(1); said = []",
+    "its working directory": "os.chdir(folder + '/connector/raw'); said = []",
+    "a mapped file": "at = map_file(folder + '/connector/raw/phys_mem', 8 << 20); assert at; said = [at]",
+    "a mapped live file": """
+at = map_file(f"{folder}/os/native/processes/{os.getpid()}/mem", 1 << 20, ctypes.addressof(secret) // 4096 * 4096)
+assert at
+said = [at]""",
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_process_with_something_of_the_mount_is_read_through_it(image: Path, inside: str) -> None:
+    with mounted("--timeout", "5", limit=LIMIT) as mount, guarded(LIMIT, mount.folder):
+        command = f"raw raw:{image}:immutable=yes" if inside == "a mapped file" else f"raw raw:{image}"
+        (mount.folder / "connector/new").write_text(command + "\n")
+        with client(INSIDE[inside], mount.folder) as (process, (secret, *mapped)), responsive(mount):
+            directory = processes(mount) / str(process.pid)
+            for _ in range(2):
+                found = look_at_all(directory, secret)
+                assert found["mem"] == b"a known secret"
+                assert found["maps"] is found["modules"] is found["regions"] is found["info"] is True, found
+                assert isinstance(found["fd"], list)
+            for at in mapped:  # not one page of it is present: reading it asks the mount for the file
+                want = image.read_bytes()[:4096] if inside == "a mapped file" else None
+                got = outcome(lambda at=at: read_at(directory / "mem", 4096, at))
+                assert got == want if want is not None else isinstance(got, bytes | int), got
+        process.wait(10)
+
+
+# -- a file system that does not answer --------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[Path]:
+    with dead_filesystem(tmp_path / "dead", LIMIT) as folder:
+        yield folder
+
+
+def test_a_process_that_maps_what_nobody_delivers_costs_only_who_reads_that_page(dead: Path) -> None:
+    with mounted("--timeout", "1", limit=LIMIT) as mount, guarded(LIMIT, mount.folder, dead):
+        code = "at = map_file(folder + '/cached', 16 << 20); assert at; said = [at]"
+        with client(code, dead) as (process, (secret, at)), responsive(mount):
+            directory = processes(mount) / str(process.pid)
+            assert outcome(lambda: read_at(directory / "mem", 14, secret)) == b"a known secret"
+            assert outcome(lambda: read_at(directory / "mem", 8, at)) == b"a" * 8
+            assert outcome(lambda: read_at(directory / "mem", 8, at + 8 * ANSWERED)) == errno.ETIMEDOUT
+            abort(dead)  # else neither the thread of the daemon nor the process itself would ever end
+        process.wait(10)
+
+
+STUCK = """
+# A child waits for a page of `direct`: that page is locked. Then this process maps the file, which wants the page
+# away and waits for it with its mmap_lock held for writing (fuse_file_mmap, invalidate_inode_pages2). The mapping
+# stands in no list yet: nothing tells that this process has to do with a FUSE file system.
+other = os.fork()
+if other == 0:
+    ctypes.string_at(map_file(folder + '/direct', 16 << 20) + (8 << 20), 1)
+    os._exit(0)
+import time
+while open(f"/proc/{other}/stat").read().rsplit(")", 1)[1].split()[0] != "D":
+    time.sleep(0.01)
+threading.Thread(target=map_file, args=(folder + '/direct', 16 << 20), daemon=True).start()
+time.sleep(0.3)
+said = [other]
+"""
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_process_whose_memory_is_locked_for_ever_holds_up_no_other(dead: Path, read_before: bool) -> None:
+    with contextlib.ExitStack() as s:
+        mount = s.enter_context(mounted("--timeout", "1", limit=LIMIT))
+        s.enter_context(guarded(LIMIT, mount.folder, dead))
+        code = STUCK
+        if read_before:
+            code = "print(ctypes.addressof(secret), flush=True); sys.stdin.readline()\n" + STUCK
+        process, (secret, *_) = s.enter_context(client(code, dead))
+        directory = processes(mount) / str(process.pid)
+        descriptors = []
+        if read_before:
+            descriptors.append(s.enter_context(open(directory / "mem", "rb", buffering=0)))
+            assert os.pread(descriptors[0].fileno(), 14, secret) == b"a known secret"
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(1.1)  # a look is believed for a second
+        with responsive(mount):
+            late = (errno.ETIMEDOUT,)
+            assert outcome(lambda: read_at(directory / "mem", 14, secret)) in late
+            if read_before:
+                assert outcome(lambda: os.pread(descriptors[0].fileno(), 14, secret)) in late
+            found = {name: outcome(lambda name=name: (directory / name).read_bytes()) for name in ("maps", "cmdline")}
+            assert found["cmdline"] in late
+            assert outcome(lambda: os.readlink(directory / "cwd")) == os.getcwd()
+            mine = processes(mount) / str(os.getpid())
+            assert outcome(lambda: len((mine / "maps").read_bytes()) > 100) is True
+            names = outcome(lambda: os.listdir(processes(mount) / "by-name"))
+            assert isinstance(names, list), "one bad entry never hides the rest"
+            abort(dead)
+        process.kill()
+        process.wait(10)
+
+
+def test_a_hundred_requests_for_what_does_not_come_leave_the_other_processes_alone(dead: Path) -> None:
+    with mounted("--timeout", "1", limit=LIMIT) as mount, guarded(LIMIT, mount.folder, dead):
+        code = "at = map_file(folder + '/cached', 16 << 20); assert at; said = [at]"
+        with client(code, dead) as (process, (_, at)):
+            path = processes(mount) / str(process.pid) / "mem"
+            threads = [
+                threading.Thread(target=lambda: outcome(lambda: read_at(path, 8, at + 8 * ANSWERED)), daemon=True)
+                for _ in range(100)
+            ]
+            with responsive(mount):
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(30)
+                mine = processes(mount) / str(os.getpid())
+                assert outcome(lambda: len((mine / "maps").read_bytes()) > 100) is True
+                assert outcome(lambda: len(os.listdir(mine / "regions")) > 3) is True
+                abort(dead)
+        process.wait(10)
+
+
+def test_an_image_on_a_file_system_that_does_not_answer_costs_only_its_readers(dead: Path, image: Path) -> None:
+    with mounted("--timeout", "1", limit=LIMIT) as mount, guarded(LIMIT, mount.folder, dead), responsive(mount):
+        new = mount.folder / "connector/new"
+        command = f"dead raw:{dead}/direct\n"
+        assert outcome(lambda: new.write_text(command)) in (errno.ETIMEDOUT, len(command))
+        if (mount.folder / "connector/dead").exists():
+            memory = mount.folder / "connector/dead/phys_mem"
+            assert outcome(lambda: read_at(memory, 8, 0)) == b"a" * 8
+            assert outcome(lambda: read_at(memory, 8, 8 * ANSWERED)) == errno.ETIMEDOUT
+        assert outcome(lambda: new.write_text(f"raw raw:{image}\n")) == len(f"raw raw:{image}\n")
+        assert outcome(lambda: read_at(mount.folder / "connector/raw/phys_mem", 4096, 0)) == image.read_bytes()[:4096]
+        abort(dead)
+
+
+# -- what does not run -------------------------------------------------------------------------------------
+
+
+def test_a_stopped_process_is_read_like_any_other() -> None:
+    with mounted("--timeout", "5", limit=LIMIT) as mount, guarded(LIMIT, mount.folder):
+        with client("said = []", "/") as (process, (secret,)), responsive(mount):
+            process.send_signal(signal.SIGSTOP)
+            found = look_at_all(processes(mount) / str(process.pid), secret)
+            assert found["mem"] == b"a known secret"
+            assert found["maps"] is found["modules"] is found["regions"] is found["info"] is True
+        process.wait(10)
+
+
+def test_force_ends_a_mount_while_requests_wait(dead: Path) -> None:
+    top = Path(tempfile.mkdtemp(prefix="cloudfs-test-"))
+    command = [sys.executable, "-m", "cloudfs", "mount", "--timeout", "60", str(top)]
+    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    with guarded(LIMIT, top, dead, daemon.pid):
+        try:
+            until = time.monotonic() + 15
+            while not is_mounted(top):
+                assert daemon.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            code = "at = map_file(folder + '/cached', 16 << 20); assert at; said = [at]"
+            with client(code, dead) as (process, (_, at)):
+                path = top / f"os/native/processes/{process.pid}/mem"
+                words = ["dd", f"if={path}", "bs=1", "count=1", f"skip={at + 8 * ANSWERED}", "iflag=skip_bytes"]
+                reader = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                time.sleep(0.5)
+                assert reader.poll() is None
+                command = [sys.executable, "-m", "cloudfs", "umount", "--force", str(top)]
+                assert subprocess.run(command, timeout=20, check=False).returncode == 0
+                assert reader.wait(10) == 1
+                assert not is_mounted(top)
+                abort(dead)
+            daemon.wait(20)
+        finally:
+            abort(top)
+            daemon.kill()
+            daemon.wait(10)
+            os.rmdir(top)
