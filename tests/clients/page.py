@@ -39,7 +39,8 @@ LIMITS = """\
 - **mmap.** Live memory cannot be mapped shared (ENODEV): the kernel would show old bytes. A private mapping is a
   snapshot of the pages when they were first touched. Images opened with `immutable=yes` can be mapped.
 - **Names with a colon**: a region of `memfd:x` looks like a host's name to rsync and scp; write `./` before it.
-- **tail -f** prints what is there and then nothing: memory does not grow, and changes in place are not its matter.
+- **tail -f** follows an image that grows; memory that changes in place is not its matter.
+- **Whole processes**: `cp -r` of a process says EIO for its `mem` and copies the rest; tar and rsync store `mem` empty.
 - **dash** says «I/O error» whatever the error of a write was; `cat new` tells the reason.
 - **dd** wants `conv=notrunc`: else it cuts the file first, which is refused. `rsync --inplace` stores a file's bytes at
   the beginning of the memory before it cuts the rest, and complains only then.

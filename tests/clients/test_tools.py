@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from clients.kinds import PAGE, World, await_rest, world
-from clients.page import page, read_tables
+from clients.page import HEAD, LIMITS, page, read_tables
 from clients.tools import TOOLS
 from clients.verdicts import ENDLESS, NOTHING, Cells, matrix
 from clients.writers import WRITERS, Writable, check_writer
@@ -120,7 +120,10 @@ def test_the_page_says_what_was_seen(scene, reading, writing):
     if os.environ.get("CLOUDFS_WRITE_TOOLS") == "1":
         PAGE_FILE.parent.mkdir(exist_ok=True)
         PAGE_FILE.write_text(page(machine(scene), reading, writing))
-    made_on, tables = read_tables(PAGE_FILE.read_text())
+    text = PAGE_FILE.read_text()
+    assert text.startswith(HEAD)
+    assert text.endswith(LIMITS)
+    made_on, tables = read_tables(text)
     if made_on != machine(scene):
         pytest.skip(f"the page was made on {made_on}, this is {machine(scene)}")
     seen = {**_plain(reading), **_plain(writing)}

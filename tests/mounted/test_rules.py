@@ -348,6 +348,30 @@ def test_a_raw_file_that_changes_is_read_as_it_is_now_on_a_held_descriptor(top, 
             assert os.pread(held, PAGE, 0) == byte * PAGE
 
 
+def test_tail_follows_an_image_that_grows(top, tmp_path):
+    path, name = tmp_path / "growing.raw", fresh()
+    path.write_bytes(b"a" * PAGE + b"last")
+    (top / "connector/new").write_text(f"{name} raw:{path}\n")
+    command = ["tail", "-c", "4", "-s", "0.1", "-f", str(top / "connector" / name / "phys_mem")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tail:
+        try:
+            assert tail.stdout is not None
+            os.set_blocking(tail.stdout.fileno(), False)
+            seen = b""
+
+            def follows(wanted: bytes) -> bool:
+                nonlocal seen
+                seen += tail.stdout.read() or b""
+                return seen == wanted
+
+            wait_for(lambda: follows(b"last"), "the last bytes")
+            with open(path, "ab") as file:
+                file.write(b" and more")
+            wait_for(lambda: follows(b"last and more"), "what was appended")
+        finally:
+            tail.kill()
+
+
 # -- what would destroy --------------------------------------------------------------------------------------
 
 
