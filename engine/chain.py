@@ -27,7 +27,7 @@ class Spec:
 
     plugin: str
     target: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         text = self.plugin + (":" + quote(self.target) if self.target else "")

@@ -45,6 +45,10 @@ class FaultError(EngineError):
         self.kind = self.default_kind if kind is None else kind
         self.detail = detail
 
+    def __repr__(self) -> str:
+        detail = f", {self.detail!r}" if self.detail else ""
+        return f"{type(self).__name__}({self.address:#x}, {self.kind.name}{detail})"
+
     def moved(self, delta: int) -> FaultError:
         """The same fault seen from an address space whose addresses are `delta` higher."""
         return type(self)(self.address + delta, self.kind, self.detail)

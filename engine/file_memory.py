@@ -1,9 +1,10 @@
 """A file as a memory: for raw images and, later, under every dump connector.
 
-The file may be cut, grow or be written by others at any moment. Copying from the mapping of a file that was
-cut is SIGBUS, so Python touches the mapping only in `gather`, right after it has asked for the size; words and
-blocks are read by pread(2), which answers with fewer bytes, and `borrow` is for replies of the kernel, which
-answers EFAULT. (0.45 µs for pread of 8 bytes, 0.25 µs for the size by lseek(2), measured.)
+The file may be cut, grow or be written by others at any moment. Copying from the mapping of a file that was cut
+is SIGBUS, so Python touches a mapping only of a file that is said to be immutable; of others words, blocks and
+columns are read by pread(2), which answers with fewer bytes. `borrow` is for replies of the kernel, which answers
+EFAULT. Nor is a hole of a file in tmpfs ever touched by a mapping: that would give it a page.
+(0.45 µs for pread of 8 bytes, 0.25 µs for the size by lseek(2), 0.75 µs for fstat(2), measured.)
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.errors import (
     ConnectorClosedError,
@@ -25,14 +28,17 @@ from engine.errors import (
     SourceFaultError,
     UnusableTargetError,
 )
-from engine.memory import Addresses, Data, Faults, Memory, Rows, gather_from
+from engine.memory import COLUMN_THRESHOLD, SLICE_ROW, Addresses, Data, Faults, Memory, Rows, gather_from
 from engine.mounts import Backing, backing_of_file
 from engine.types import Extent
 
 _U64: Callable[[bytes], tuple[int, ...]] = struct.Struct("<Q").unpack
 _FILE_OFFSET_MAX = (1 << 63) - 1
-NOWAIT_LIMIT = 64 << 10
-"""A file on disk is read without waiting in pieces of the page cache; larger ones are worth the question."""
+_LAST = (1 << 64) - 1
+RUN_GAP = 4096
+"""Rows of a column that are nearer to one another are read in one piece."""
+RUN_LIMIT = 1 << 20
+"""Bytes of such a piece."""
 
 
 class _Descriptor:
@@ -43,22 +49,33 @@ class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.number)  # bound as a default: at the end of the interpreter the module's names are gone first
+    def __del__(self, close: Callable[[int], None] = os.close, error: type[OSError] = OSError) -> None:
+        # Bound as defaults: at the end of the interpreter the module's names are gone first.
+        try:  # noqa: SIM105
+            close(self.number)
+        except error:  # as of a file on a FUSE file system whose server is gone: it is closed all the same
+            pass
 
 
 def open_descriptor(path: str, *, writable: bool) -> int:
-    """Open a regular file or block device. Raises UnusableTargetError for what is neither, OSError as open(2)."""
-    # O_NONBLOCK: a FIFO would wait for its other end, before it can be refused.
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "is a directory, not an image of memory", path)
-    descriptor = os.open(path, flags)
-    mode = os.fstat(descriptor).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        os.close(descriptor)
-        raise UnusableTargetError(f"{path} is neither a regular file nor a block device")
-    return descriptor
+    """Open a regular file or block device. Raises UnusableTargetError for what is neither, OSError as open(2).
+
+    It is looked at before it is opened: to open a FIFO or a device does something.
+    """
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory, not an image of memory", path)
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise UnusableTargetError(f"{path} is neither a regular file nor a block device")
+        try:
+            flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+            return os.open(f"/proc/self/fd/{handle}", flags)
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, path) from None
+    finally:
+        os.close(handle)
 
 
 class FileMemory(Memory):
@@ -76,8 +93,7 @@ class FileMemory(Memory):
         self._descriptor: _Descriptor | None = _Descriptor(number)
         self.backing = backing_of_file(number)
         self._size = os.lseek(number, 0, os.SEEK_END)
-        self._mapping: memoryview | None = None
-        self._array: Rows = np.empty(0, np.uint8)
+        self._mapping: tuple[memoryview, Rows] | None = None
         self._mappable = True
 
     def _open(self) -> _Descriptor:
@@ -89,7 +105,10 @@ class FileMemory(Memory):
     @property
     def size(self) -> int:
         """Bytes in the file now, or, of an immutable one, when it was opened."""
-        return self._size if self.immutable else os.lseek(self._open().number, 0, os.SEEK_END)
+        if self.immutable:
+            return self._size
+        descriptor = self._open()  # held until the call is done, so that nobody else gets its number
+        return os.lseek(descriptor.number, 0, os.SEEK_END)
 
     @property
     def may_block(self) -> bool:
@@ -117,8 +136,9 @@ class FileMemory(Memory):
             return True
         if self.backing is Backing.REMOTE or not 0 <= address < _FILE_OFFSET_MAX:
             return False
+        descriptor = self._open()
         try:
-            return os.preadv(self._open().number, [buffer], address, os.RWF_NOWAIT) == len(buffer)
+            return os.preadv(descriptor.number, [buffer], address, os.RWF_NOWAIT) == len(buffer)
         except OSError:
             return False  # EAGAIN: not cached. EOPNOTSUPP: not to be known. Others: `readinto` says them.
 
@@ -135,9 +155,10 @@ class FileMemory(Memory):
 
     def read(self, address: int, size: int) -> bytes:
         """See `Memory.read`."""
-        if 0 <= address < _FILE_OFFSET_MAX:
+        if 0 <= address < _FILE_OFFSET_MAX and size >= 0:
+            descriptor = self._open()
             try:
-                data = os.pread(self._open().number, size, address)
+                data = os.pread(descriptor.number, size, address)
             except OSError as error:
                 raise _source_fault(address, error) from None
             if len(data) == size:
@@ -152,7 +173,7 @@ class FileMemory(Memory):
         """See `Memory.write`; the file never grows."""
         if not self.writable:
             raise ReadOnlyError()
-        descriptor, done, view = self._open(), 0, memoryview(data)
+        descriptor, done, view = self._open(), 0, memoryview(data).cast("B")
         limit = os.lseek(descriptor.number, 0, os.SEEK_END)
         while done < len(view):
             if not 0 <= address + done < limit:
@@ -181,47 +202,89 @@ class FileMemory(Memory):
                 yield Extent(data, hole - data)
             start = max(hole, data + 1)
 
-    def _mapped(self, stop: int) -> memoryview | None:
-        """The mapping, made anew where the file has grown up to `stop`; None where there can be none."""
+    def _mapped(self, descriptor: _Descriptor, stop: int) -> tuple[memoryview, Rows] | None:
+        """The mapping, made anew where the file has grown up to `stop`; None where there can be none.
+
+        None too where the file has holes now, as its blocks tell.
+        """
+        status = os.fstat(descriptor.number)
+        if stop > status.st_size or status.st_blocks * 512 < status.st_size or not self._mappable:
+            return None
         mapping = self._mapping
-        if mapping is not None and len(mapping) >= stop:
-            return mapping
-        length = os.lseek(self._open().number, 0, os.SEEK_END)
-        if stop > length or not length or not self._mappable:
-            return None
-        try:
-            made = mmap.mmap(self._open().number, length, mmap.MAP_SHARED, mmap.PROT_READ)
-        except (OSError, ValueError, OverflowError):
-            self._mappable = False  # a filesystem without mmap, no address space left
-            return None
-        mapping = memoryview(made)
-        self._array = np.frombuffer(mapping, np.uint8)
-        self._mapping = mapping
+        if mapping is None or len(mapping[0]) < stop:
+            try:
+                made = memoryview(mmap.mmap(descriptor.number, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ))
+            except (OSError, ValueError, OverflowError):
+                self._mappable = False  # a filesystem without mmap, no address space left
+                return None
+            mapping = self._mapping = (made, np.frombuffer(made, np.uint8))
         return mapping
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
-        """See `Memory.gather`: from the mapping, 5 to 7 ns a word."""
-        if not len(addresses) or not out.shape[1]:
+        """See `Memory.gather`: of an immutable file from its mapping, 5 ns a word; else by pread, piece by piece."""
+        if len(addresses) <= COLUMN_THRESHOLD or not 0 < out.shape[1] < SLICE_ROW:
             return super().gather(addresses, out)
-        size = os.lseek(self._open().number, 0, os.SEEK_END)
-        if self.backing is Backing.REMOTE or self._mapped(size) is None:
-            return super().gather(addresses, out)
-        return gather_from(self._array[:size], addresses, out)
+        descriptor = self._open()
+        mapping = self._mapped(descriptor, self._size) if self.immutable and self._size else None
+        if mapping is not None:
+            return gather_from(mapping[1][: self._size], addresses, out)
+        return self._gather_pieces(descriptor, addresses, out)
+
+    def _gather_pieces(self, descriptor: _Descriptor, addresses: Addresses, out: Rows) -> Faults:
+        """Rows that lie near one another are read by one pread(2) and then picked out of what came."""
+        width = out.shape[1]
+        order = np.argsort(addresses, kind="stable")
+        ascending = addresses[order]
+        cuts = np.flatnonzero(np.diff(ascending) > RUN_GAP) + 1
+        found: list[tuple[int, int, int]] = []
+        for start, stop in pairwise((0, *cuts.tolist(), len(order))):
+            first = start
+            while first < stop:
+                base = int(ascending[first])
+                last = min(stop, int(np.searchsorted(ascending, np.uint64(min(base + RUN_LIMIT, _LAST)), "right")))
+                rows = order[first:last]
+                found += self._pick(descriptor, base, rows, addresses[rows] - np.uint64(base), out, width)
+                first = last
+        found.sort()
+        return Faults.of(found)
+
+    def _pick(
+        self, descriptor: _Descriptor, base: int, rows: npt.NDArray[np.intp], offsets: Addresses, out: Rows, width: int
+    ) -> list[tuple[int, int, int]]:
+        """Fill the rows of `out` that lie from `base` on; gives the faults."""
+        size = int(offsets[-1]) + width
+        try:
+            data = os.pread(descriptor.number, size, base) if base < _FILE_OFFSET_MAX else b""
+        except OSError as error:
+            if len(rows) == 1:
+                out[rows] = 0
+                return [(int(rows[0]), base, _source_fault(base, error).kind)]
+            return [  # one bad block: each row by itself
+                fault
+                for row, offset in zip(rows, offsets, strict=True)
+                for fault in self._pick(
+                    descriptor, base + int(offset), np.array([row]), np.zeros(1, np.uint64), out, width
+                )
+            ]
+        part = np.empty((len(rows), width), np.uint8)
+        faults = gather_from(np.frombuffer(data, np.uint8), offsets, part)
+        out[rows] = part
+        return [
+            (int(rows[row]), base + int(address), int(kind))
+            for row, address, kind in zip(faults.rows, faults.addresses, faults.kinds, strict=True)
+        ]
 
     def borrow(self, address: int, size: int) -> memoryview | None:
-        """See `Memory.borrow`. Only of files that lie in memory: from a disk the kernel might wait."""
+        """See `Memory.borrow`. Only of files that lie in memory whole: from a disk the kernel might wait."""
         if self.backing is not Backing.MEMORY or address < 0:
             return None
-        mapping = self._mapped(address + size)
-        if mapping is None or address + size > self.size:
-            return None
-        return mapping[address : address + size]
+        mapping = self._mapped(self._open(), address + size)
+        return None if mapping is None else mapping[0][address : address + size]
 
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""
         self._descriptor = None
         self._mapping = None
-        self._array = np.empty(0, np.uint8)
 
 
 def _source_fault(address: int, error: OSError) -> FaultError:

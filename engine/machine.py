@@ -8,6 +8,7 @@ something is closed before it; what readers still hold lives on until they drop 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -21,13 +22,13 @@ from engine.connector import Connector
 from engine.errors import (
     AlreadyExistsError,
     ConnectorClosedError,
-    EngineError,
     InvalidArgumentError,
     NotFoundError,
     NotRecognisedError,
     PluginError,
     ProcessExitedError,
     TargetBusyError,
+    UnsupportedError,
 )
 from engine.memory import Memory
 from engine.oslayer import Base, OsLayer, Process
@@ -102,8 +103,10 @@ class Instance:
 
     @property
     def memory(self) -> Memory:
-        """Physical memory of a connector. Raises ConnectorClosedError after it was removed."""
+        """Physical memory of a connector. Raises UnsupportedError of an OS, ConnectorClosedError once removed."""
         if self.memory_view is None:
+            if self.current_layer is not None:
+                raise UnsupportedError(f"{self.name} is an OS: `layer` has its processes and what memory it shows")
             raise ConnectorClosedError(f"{self.name} was removed")
         return self.memory_view
 
@@ -136,9 +139,11 @@ class Instance:
             known = self._processes.get(pid)
         if known is not None and self._fresh(known[0]):
             return known[1]
-        now = time.monotonic()
+        now, generation = time.monotonic(), self.generation
         process = layer.process(pid)
         with self._lock:
+            if generation != self.generation or self.current_layer is not layer:
+                return process  # of what was opened before: for this caller alone
             self._processes[pid] = (now, process)
             self._processes.move_to_end(pid)
             for old, (since, _) in list(islice(self._processes.items(), 8)):
@@ -213,12 +218,17 @@ class Machine:
         return self.open(kind, command.spec, name=command.name, parent=parent)
 
     def open(
-        self, kind: Kind, spec: chain.Spec, *, name: str | None = None, parent: Instance | None = None
+        self, kind: Kind, spec: chain.Spec | str, *, name: str | None = None, parent: Instance | None = None
     ) -> Instance:
-        """Open a connector or OS layer, on `parent` where it stands on one.
+        """Open a connector or OS layer, on `parent` where it stands on one; `spec` may be written as in a chain.
 
-        Raises AlreadyExistsError, InvalidArgumentError, PluginError, NotRecognisedError or what opening raises.
+        Raises AlreadyExistsError, InvalidArgumentError, PluginError, NotRecognisedError or what opening raises;
+        nothing is left open then.
         """
+        if kind not in ("connector", "oslayer"):
+            raise InvalidArgumentError(f"{kind!r} cannot be opened: want 'connector' or 'oslayer'")
+        if isinstance(spec, str):
+            spec = chain.parse_spec(spec)
         with self._lock:
             name = self._free_name(kind, spec.plugin) if name is None else chain.check_name(name)
             if name in RESERVED_NAMES:
@@ -241,20 +251,19 @@ class Machine:
     def _open_connector(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
         plugin = registry.load_connector(spec.plugin)
         check_options(spec, {**plugin.options_help, **middleware.OPTIONS_HELP})
-        if parent is None and plugin.default_parent is not None:
-            parent = self.find("oslayer", plugin.default_parent) or self.open(
-                "oslayer", chain.Spec(plugin.default_parent)
-            )
         own = {key: value for key, value in spec.options.items() if key not in middleware.OPTIONS_HELP}
-        opened = plugin.open(
-            spec.target, own, parent=None if parent is None else parent.layer, writable=self.writable
-        )
-        try:
+        with contextlib.ExitStack() as failed:
+            if parent is None and plugin.default_parent is not None:
+                parent = self.find("oslayer", plugin.default_parent)
+                if parent is None:
+                    parent = self.open("oslayer", chain.Spec(plugin.default_parent))
+                    failed.callback(self.remove, "oslayer", parent.name)
+            layer = None if parent is None else parent.layer
+            opened = plugin.open(spec.target, own, parent=layer, writable=self.writable)
+            failed.callback(opened.close)
             memory = middleware.wrap(opened.memory, spec.options)
-        except EngineError:
-            opened.close()
-            raise
-        info = opened.info
+            info = opened.info
+            failed.pop_all()
         return Instance(
             "connector", name, spec, parent, None, opened, memory, live=info.live, writable=info.writable
         )
@@ -269,8 +278,12 @@ class Machine:
         if not plugin.needs_memory and parent is not None:
             raise InvalidArgumentError(f"{spec.plugin} stands on no connector: leave -c {parent.name} out")
         layer = plugin.open(self._base(spec, parent), spec.options)
-        live = layer.info.live
-        return Instance("oslayer", name, spec, parent, layer, live=live, writable=layer.info.writable)
+        try:
+            info = layer.info
+        except BaseException:
+            layer.close()
+            raise
+        return Instance("oslayer", name, spec, parent, layer, live=info.live, writable=info.writable)
 
     def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
         if parent is None:
@@ -316,9 +329,12 @@ class Machine:
     def reopen(self, instance: Instance) -> None:
         """Open an instance's target anew, in place: its generation grows by one, old nodes are gone.
 
-        Raises TargetBusyError where something stands on it, and what opening raises; it stays as it was then.
+        Raises TargetBusyError where something stands on it, ConnectorClosedError where it was removed, and what
+        opening raises; it stays as it was then.
         """
         with self._lock:
+            if instance.closed:
+                raise ConnectorClosedError(f"{instance.name} was removed")
             if instance.children:
                 raise TargetBusyError(f"{instance.name} is in use: {instance.children[0].name} stands on it")
             build = self._open_connector if instance.kind == "connector" else self._open_os

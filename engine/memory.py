@@ -29,7 +29,7 @@ from engine.errors import (
     ReadOnlyFaultError,
     SourceFaultError,
 )
-from engine.types import Extent
+from engine.types import ADDRESS_SPACE, Extent
 
 Data = bytes | bytearray | memoryview
 Addresses = npt.NDArray[np.uint64]
@@ -42,6 +42,7 @@ ALIGNED_ROWS = 64
 SLICE_ROW = 2048
 """Rows at least so wide are gathered by slice copies, narrower ones by one fancy index (measured)."""
 
+_STRING_STEP = 256
 _Unpack = Callable[..., tuple[int, ...]]
 _U16: _Unpack = struct.Struct("<H").unpack_from
 _U32: _Unpack = struct.Struct("<I").unpack_from
@@ -92,6 +93,25 @@ class Faults:
 
 
 NO_FAULTS = Faults(np.empty(0, np.intp), np.empty(0, np.uint64), np.empty(0, np.uint8))
+
+
+def as_addresses(addresses: npt.ArrayLike) -> Addresses:
+    """Whole numbers as a column of addresses. Raises InvalidArgumentError where one is negative or no number."""
+    column = np.asarray(addresses)
+    if column.dtype != np.uint64:
+        if column.size and (column.dtype.kind not in "iuO" or min(column.tolist()) < 0):
+            raise InvalidArgumentError("addresses are whole numbers from 0 to 2^64 - 1")
+        try:
+            column = column.astype(np.uint64)
+        except (OverflowError, TypeError):
+            raise InvalidArgumentError("addresses are whole numbers from 0 to 2^64 - 1") from None
+    return np.ascontiguousarray(column.reshape(-1))
+
+
+def _checked(size: int) -> int:
+    if size < 0:
+        raise InvalidArgumentError(f"{size} bytes cannot be read")
+    return size
 
 
 class Memory(ABC):
@@ -216,7 +236,7 @@ class Memory(ABC):
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes from `address` on, all of them. Raises FaultError with the first bad address."""
-        buffer = bytearray(size)
+        buffer = bytearray(_checked(size))
         self.readinto(address, memoryview(buffer))
         return bytes(buffer)
 
@@ -252,25 +272,30 @@ class Memory(ABC):
 
     def read_padded(self, address: int, size: int) -> bytes:
         """`size` bytes from `address` on, zeros where nothing can be read."""
-        buffer = bytearray(size)
+        buffer = bytearray(_checked(size))
         self.readinto_padded(address, memoryview(buffer))
         return bytes(buffer)
 
-    def words(self, addresses: Addresses, dtype: npt.DTypeLike = "<u8") -> tuple[npt.NDArray[Any], Faults]:
-        """One word of `dtype` at each address, and the faults; a word that failed holds zeros."""
+    def words(self, addresses: npt.ArrayLike, dtype: npt.DTypeLike = "<u8") -> tuple[npt.NDArray[Any], Faults]:
+        """One word of `dtype` at each address, and the faults; a word that failed holds zeros.
+
+        `addresses` may be any sequence of whole numbers. Raises InvalidArgumentError where one is no address.
+        """
         kind = np.dtype(dtype)
-        out = np.empty((len(addresses), kind.itemsize), np.uint8)
-        faults = self.gather(addresses, out)
-        return out.view(kind).reshape(len(addresses)), faults
+        column = as_addresses(addresses)
+        out = np.empty((len(column), kind.itemsize), np.uint8)
+        faults = self.gather(column, out)
+        return out.view(kind).reshape(len(column)), faults
 
     def read_many(self, requests: Sequence[tuple[int, int]]) -> list[bytes | FaultError]:
         """For each (address, size) its bytes, or the FaultError that reading them met."""
         results: list[bytes | FaultError] = [b""] * len(requests)
-        by_size: dict[int, list[int]] = {}
-        for index, (_, size) in enumerate(requests):
-            by_size.setdefault(size, []).append(index)
-        for size, indices in by_size.items():
-            if size and len(indices) > COLUMN_THRESHOLD:
+        by_size: dict[tuple[int, bool], list[int]] = {}
+        for index, (address, size) in enumerate(requests):
+            inside = 0 <= address < ADDRESS_SPACE
+            by_size.setdefault((size, inside), []).append(index)
+        for (size, inside), indices in by_size.items():
+            if size > 0 and inside and len(indices) > COLUMN_THRESHOLD:
                 out = np.empty((len(indices), size), np.uint8)
                 faults = self.gather(np.array([requests[i][0] for i in indices], np.uint64), out)
                 for row, index in enumerate(indices):
@@ -288,19 +313,18 @@ class Memory(ABC):
     def cstring(self, address: int, limit: int = 4096) -> bytes:
         """The bytes from `address` up to the first NUL, at the most `limit`, without the NUL.
 
-        Reads page by page, so a string in front of a hole is whole. Raises FaultError where a hole
-        comes before the NUL.
+        A string in front of a hole is whole. Raises FaultError where a hole comes before the NUL.
         """
         parts = bytearray()
+        buffer = memoryview(bytearray(min(limit, _STRING_STEP)))
         while len(parts) < limit:
-            at = address + len(parts)
-            step = min(self.page_size - at % self.page_size, limit - len(parts), 256)
-            chunk = self.read(at, step)
-            nul = chunk.find(0)
+            piece = buffer[: limit - len(parts)]
+            count = self.read_available(address + len(parts), piece)
+            found = bytes(piece[:count])
+            nul = found.find(0)
             if nul >= 0:
-                parts += chunk[:nul]
-                break
-            parts += chunk
+                return bytes(parts + found[:nul])
+            parts += found
         return bytes(parts)
 
     def window(self, start: int, size: int) -> MemoryWindow:
@@ -312,8 +336,8 @@ class MemoryWindow(Memory):
     """A part of another memory, addressed from 0."""
 
     def __init__(self, memory: Memory, start: int, size: int) -> None:
-        if start < 0 or size < 0:
-            raise InvalidArgumentError(f"a window cannot start at {start} or have {size} bytes")
+        if start < 0 or size < 0 or start + size > ADDRESS_SPACE:
+            raise InvalidArgumentError(f"a window of {size} bytes cannot start at {start:#x}")
         self.memory = memory
         self.start = start
         self._size = size
@@ -368,12 +392,13 @@ class MemoryWindow(Memory):
 
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`."""
-        count = self._clip(address, len(data))
+        view = memoryview(data).cast("B")
+        count = self._clip(address, len(view))
         try:
-            self.memory.write(self.start + address, memoryview(data)[:count])
+            self.memory.write(self.start + address, view[:count])
         except FaultError as error:
             raise error.moved(-self.start) from None
-        if count < len(data):
+        if count < len(view):
             raise FaultError(self._size)
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
@@ -484,9 +509,10 @@ class BytesMemory(Memory):
         """See `Memory.write`."""
         if not self.writable:
             raise ReadOnlyError()
-        count = self._span(address, len(data))
-        self._view[address : address + count] = memoryview(data)[:count]
-        if count < len(data):
+        view = memoryview(data).cast("B")
+        count = self._span(address, len(view))
+        self._view[address : address + count] = view[:count]
+        if count < len(view):
             raise FaultError(len(self._view))
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:

@@ -66,7 +66,7 @@ class MemoryMap:
         """Read the file format. Raises InvalidArgumentError that names `name` and what is wrong."""
         try:
             document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             raise InvalidArgumentError(f"{name} is not TOML: {error}") from None
         ranges = document.pop("range", [])
         if document or not isinstance(ranges, list) or len(ranges) > RANGE_LIMIT:
@@ -128,7 +128,7 @@ class MappedMemory(Memory):
         self._ranges = memory_map.coalesced()
         self._bases = [entry.base for entry in self._ranges]
         self._base_column = np.array(self._bases, np.uint64)
-        self._length_column = np.array([entry.length for entry in self._ranges], np.uint64)
+        self._last_column = np.array([entry.length - 1 for entry in self._ranges], np.uint64)
         self._real_column = np.array([entry.real_base for entry in self._ranges], np.uint64)
         self.page_size = _granularity(source.page_size, self._ranges)
         self.writable = source.writable
@@ -185,7 +185,7 @@ class MappedMemory(Memory):
 
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`."""
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         for offset, real, step in self._pieces(address, len(view)):
             try:
                 self.source.write(real, view[offset : offset + step])
@@ -209,8 +209,8 @@ class MappedMemory(Memory):
         """Source addresses, and which rows lie within one range (the others' addresses say nothing)."""
         index = np.searchsorted(self._base_column, addresses, "right") - 1
         offsets = addresses - self._base_column[index]
-        lengths = self._length_column[index]
-        inside = (index >= 0) & (lengths >= width) & (offsets <= lengths - np.uint64(width))
+        last, less = self._last_column[index], np.uint64(max(width, 1) - 1)
+        inside = (index >= 0) & (last >= less) & (offsets <= last - less)
         return offsets + self._real_column[index], inside
 
     def _translate_one(self, addresses: Addresses, width: int) -> tuple[Addresses, npt.NDArray[np.bool_]]:

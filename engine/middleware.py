@@ -102,14 +102,16 @@ class MeteredMemory(Memory):
         """See `Memory.gather`."""
         begun = time.perf_counter()
         faults = self.memory.gather(addresses, out)
-        self._count(begun, len(faults), reads=len(addresses), bytes_read=out.size)
+        bad = out.shape[1] * len(faults) - int((faults.addresses - addresses[faults.rows]).sum())
+        self._count(begun, len(faults), reads=len(addresses), bytes_read=out.size - bad)
         return faults
 
     def scatter(self, addresses: Addresses, rows: Rows) -> Faults:
         """See `Memory.scatter`."""
         begun = time.perf_counter()
         faults = self.memory.scatter(addresses, rows)
-        self._count(begun, len(faults), writes=len(addresses), bytes_written=rows.size)
+        bad = rows.shape[1] * len(faults) - int((faults.addresses - addresses[faults.rows]).sum())
+        self._count(begun, len(faults), writes=len(addresses), bytes_written=rows.size - bad)
         return faults
 
     def borrow(self, address: int, size: int) -> memoryview | None:

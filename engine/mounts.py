@@ -10,6 +10,7 @@ import enum
 import functools
 import os
 import re
+import stat
 from collections.abc import Mapping
 
 
@@ -65,7 +66,10 @@ def shared_memory_device() -> tuple[int, int]:
 
 def backing_of_file(descriptor: int) -> Backing:
     """How reading this open file behaves."""
-    device = os.fstat(descriptor).st_dev
+    status = os.fstat(descriptor)
+    if stat.S_ISBLK(status.st_mode):
+        return Backing.DISK
+    device = status.st_dev
     key = (os.major(device), os.minor(device))
     if key == shared_memory_device():
         return Backing.MEMORY

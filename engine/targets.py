@@ -120,7 +120,7 @@ def open_target(
     words: Sequence[tuple[Kind, str]] = (),
     *,
     writable: bool = False,
-    need_os: bool = True,
+    need_os: bool = False,
 ) -> Machine:
     """A Machine with one chain open; see `chain_of` and `open_chain`. Nothing stays open where that fails."""
     machine = Machine(writable=writable)

@@ -79,7 +79,7 @@ class TargetHints:
     architecture: str | None = None
     dtb: int | None = None
     kernel_base: int | None = None
-    registers: tuple[Mapping[str, int], ...] = ()
+    registers: tuple[Mapping[str, int], ...] = field(default=(), hash=False)
     vmcoreinfo: bytes | None = None
 
 
@@ -106,7 +106,7 @@ class ProcessInfo:
     dtb: int | None = None
     object: int | None = None
     """Address of the kernel's record of the process."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keys that only some OS layers know: namespaces, cgroup, container, executable_deleted, sources."""
 
 
@@ -194,6 +194,6 @@ class OsInfo:
     hostname: str | None = None
     live: bool = False
     writable: bool = False
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Entries left out since they could not be read, by kind."""
     notes: tuple[str, ...] = ()

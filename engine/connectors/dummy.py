@@ -113,7 +113,7 @@ class DummyMemory(Memory):
         """See `Memory.write`."""
         if not self.writable:
             raise ReadOnlyError()
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         size = self._readable(address, len(view)) if address >= 0 else 0
         done = 0
         while done < size:

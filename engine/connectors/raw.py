@@ -19,10 +19,10 @@ from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.middleware import truth
 from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
-from engine.types import ConnectorInfo
+from engine.types import ADDRESS_SPACE, ConnectorInfo
 
-MAP_FILE_LIMIT = 64 << 20
-_FILE_LIMIT = (1 << 63) - 1
+MAP_FILE_LIMIT = 8 << 20
+_FILE_LIMIT = 1 << 63
 """No file has more bytes: off_t is signed."""
 
 
@@ -30,7 +30,7 @@ class BasedMemory(MappedMemory):
     """A file from `base` on, to wherever the file stops now."""
 
     def __init__(self, file: FileMemory, base: int) -> None:
-        super().__init__(file, MemoryMap([MapRange(base, _FILE_LIMIT, 0)]))
+        super().__init__(file, MemoryMap([MapRange(base, min(_FILE_LIMIT, ADDRESS_SPACE - base), 0)]))
         self.base = base
 
     @property
@@ -66,6 +66,8 @@ class RawConnector(Connector):
         if "base" in options and "map" in options:
             raise InvalidArgumentError("raw: base= and map= exclude each other: a map says every base")
         base = parse_number(options.get("base", "0"), "base=")
+        if base >= ADDRESS_SPACE:
+            raise InvalidArgumentError(f"base={base:#x} is no 64-bit address")
         immutable = truth("immutable", options.get("immutable", "no"))
         try:
             file = FileMemory(target, writable=writable, immutable=immutable)

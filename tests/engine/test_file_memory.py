@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from engine.errors import ConnectorClosedError, FaultError, InvalidArgumentError
+from engine.errors import ConnectorClosedError, FaultError, InvalidArgumentError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.testing import Truth, check_memory, check_writes
 from engine.types import Extent
@@ -173,3 +176,90 @@ def test_a_file_of_64_tebibytes_is_read_at_its_far_end(tmp_path):
         assert next(iter(memory.extents())) == Extent((1 << 46) - 4096, 4096)
     finally:
         os.unlink(name)
+
+
+def test_columns_over_a_file_that_another_process_cuts_and_grows_all_the_time_are_no_signal(path):
+    memory = FileMemory(path)
+    cutter = subprocess.Popen(
+        [sys.executable, "-c", "import os, sys\nwhile True: [os.truncate(sys.argv[1], n) for n in (0, 300000)]", path]
+    )
+    try:
+        generator = np.random.default_rng(1)
+        for _ in range(300):
+            addresses = generator.integers(0, 299_990, 200).astype(np.uint64)
+            out = np.empty((200, 8), np.uint8)
+            memory.gather(addresses, out)
+    finally:
+        cutter.kill()
+        cutter.wait()
+
+
+def test_reading_a_sparse_file_in_memory_gives_it_no_pages():
+    name = f"/dev/shm/cloudfs-test-{os.getpid()}-holes"
+    try:
+        with open(name, "wb") as file:
+            file.truncate(64 << 20)
+        for immutable in (False, True):
+            memory = FileMemory(name, immutable=immutable)
+            addresses = np.arange(0, 64 << 20, 4096, dtype=np.uint64)
+            values, faults = memory.words(addresses)
+            assert not faults
+            assert not values.any()
+            assert memory.borrow(0, 1 << 20) is None
+            assert memory.read(0, 1 << 20) == bytes(1 << 20)
+        assert os.stat(name).st_blocks == 0
+    finally:
+        os.unlink(name)
+
+
+def test_words_that_are_not_bytes_are_written_by_their_bytes(path):
+    memory = FileMemory(path, writable=True)
+    with pytest.raises(FaultError) as caught:
+        memory.write(len(DATA) - 16, memoryview(array.array("I", range(16))))
+    assert caught.value.address == len(DATA)
+    assert os.path.getsize(path) == len(DATA)
+
+
+def test_to_refuse_a_fifo_does_not_open_it(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    writer = subprocess.Popen([sys.executable, "-c", "import sys; open(sys.argv[1], 'wb').write(b'kept')",
+                               str(tmp_path / "fifo")])  # fmt: skip
+    try:
+        for _ in range(20):
+            with pytest.raises(UnusableTargetError):
+                FileMemory(str(tmp_path / "fifo"))
+        assert (tmp_path / "fifo").read_bytes() == b"kept"
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_a_reader_never_reads_by_a_number_that_close_gave_to_another_file(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    stop = threading.Event()
+    current = [FileMemory(str(tmp_path / "one"))]
+    wrong = []
+
+    def read():
+        while not stop.is_set():
+            try:
+                data = current[0].read(0, 3)
+            except ConnectorClosedError:
+                continue
+            except Exception as error:
+                data = repr(error)
+            if data != b"one":
+                wrong.append(data)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(500):
+        old, current[0] = current[0], FileMemory(str(tmp_path / "one"))
+        old.close()
+        os.close(os.open(tmp_path / "two", os.O_RDONLY))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong

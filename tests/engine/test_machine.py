@@ -16,6 +16,7 @@ from engine.errors import (
     PluginError,
     ProcessExitedError,
     TargetBusyError,
+    UnsupportedError,
 )
 from engine.machine import Machine
 from engine.memory import BytesMemory
@@ -207,6 +208,62 @@ def test_lists_are_kept_for_a_second_and_no_longer(monkeypatch):
         assert instance.layer.listed == 2
 
 
+def test_a_connector_that_fails_to_open_is_closed_and_leaves_no_parent_behind(monkeypatch):
+    def broken(self):
+        raise OSError("broken")
+
+    monkeypatch.setattr(GuestConnector, "info", property(broken))
+    with Machine() as machine:
+        with pytest.raises(OSError, match="broken"):
+            machine.open("connector", "guest:a")
+        assert CLOSED == ["connector a", "os host"]
+        assert machine.instances("oslayer") == []
+
+
+def test_what_was_removed_cannot_be_reopened():
+    with Machine() as machine:
+        instance = machine.run("connector", "vm guest:a")
+        machine.remove("connector", "vm")
+        with pytest.raises(ConnectorClosedError):
+            machine.reopen(instance)
+
+
+def test_a_process_met_before_a_reopening_is_not_kept_after_it(monkeypatch):
+    with Machine() as machine:
+        machine.run("connector", "vm guest:a")
+        instance = machine.run("oslayer", "web -c vm guestos")
+        layer = instance.layer
+        meet = layer.process
+
+        def slowly(pid):
+            process = meet(pid)
+            machine.reopen(instance)
+            return process
+
+        monkeypatch.setattr(layer, "process", slowly)
+        old = instance.process(7)
+        assert instance.process(7) is not old
+
+
+def test_an_os_instance_says_where_its_memory_is():
+    with Machine() as machine:
+        instance = machine.open("oslayer", "guestos-host")
+        with pytest.raises(UnsupportedError, match="layer"):
+            _ = instance.memory
+
+
+def test_what_is_neither_a_connector_nor_an_os_is_refused():
+    with Machine() as machine, pytest.raises(InvalidArgumentError, match="oslayer"):
+        machine.open("os", "native")
+
+
+def test_records_can_be_kept_in_a_set():
+    with Machine() as machine:
+        instance = machine.open("oslayer", "guestos-host")
+        layer = instance.layer
+        assert len({layer.info, layer.info, instance.process(7).info, Spec("raw", "", {"a": "b"})}) == 3
+
+
 @pytest.mark.parametrize(
     ("kind", "line", "error"),
     [
@@ -298,7 +355,7 @@ def test_memory_without_a_known_os_opens_where_none_is_needed():
         assert machine.default_os is None
         assert "no OS was recognised" in machine.get("connector", "dummy").last_error
     with pytest.raises(NotRecognisedError, match="guestos: no RAM here"):
-        open_target("dummy")
+        open_target("dummy", need_os=True)
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -108,11 +108,50 @@ def test_padding_over_a_hole_of_a_tebibyte_asks_for_extents_not_for_pages():
 def test_a_cstring_in_front_of_a_hole_is_whole():
     class Text(OnlyReadinto):
         def readinto(self, address, buffer):
-            super().readinto(address, buffer)
-            for offset in range(len(buffer)):
-                buffer[offset] = 0 if address + offset == 0xFFF else 65
+            try:
+                super().readinto(address, buffer)
+            finally:
+                for offset in range(len(buffer)):
+                    buffer[offset] = 0 if address + offset == 0xFFF else 65
 
     assert Text().cstring(0xFF0) == b"A" * 15
+
+
+def test_a_cstring_near_the_end_of_what_there_is_is_whole():
+    assert BytesMemory(b"text\0rest").cstring(0) == b"text"
+    assert BytesMemory(b"text\0").window(0, 5).cstring(1) == b"ext"
+    with pytest.raises(FaultError) as caught:
+        BytesMemory(b"text").cstring(1)
+    assert caught.value.address == 4
+
+
+def test_addresses_may_be_any_whole_numbers_and_nothing_else():
+    memory = BytesMemory(bytes(range(64)))
+    for addresses in ([0, 8], (0, 8), np.array([0, 8]), np.array([0, 8], np.uint64)):
+        assert memory.words(addresses)[0].tolist() == [0x0706050403020100, 0x0F0E0D0C0B0A0908]
+    for addresses in ([-8], np.array([0, -8]), [1 << 64], ["x"], np.array([0.5])):
+        with pytest.raises(InvalidArgumentError):
+            memory.words(addresses)
+
+
+def test_read_many_gives_a_fault_for_what_is_no_address_however_many_there_are():
+    memory = BytesMemory(DATA)
+    for count in (3, 40):
+        for address in (-1, 1 << 64):
+            results = memory.read_many([(address, 1)] * count + [(0, 1)] * count)
+            assert all(isinstance(result, FaultError) for result in results[:count])
+            assert results[count:] == [DATA[:1]] * count
+
+
+def test_a_window_cannot_leave_the_address_space():
+    with pytest.raises(InvalidArgumentError):
+        OnlyReadinto().window((1 << 64) - 4096, 8192)
+
+
+def test_a_negative_size_is_refused():
+    for act in (BytesMemory(DATA).read, BytesMemory(DATA).read_padded):
+        with pytest.raises(InvalidArgumentError):
+            act(0, -1)
 
 
 def test_a_cstring_that_runs_into_a_hole_faults_there():

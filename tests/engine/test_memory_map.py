@@ -108,3 +108,16 @@ def test_extents_follow_the_map():
     memory = MappedMemory(BytesMemory(DATA), MAP)
     found = list(memory.extents(0x2800, 0x9800))
     assert found == [Extent(0x2800, 0x800), Extent(0x4000, 0x5000), Extent(0x9000, 0x800)]
+
+
+def test_a_map_of_the_whole_address_space_is_one():
+    memory = MappedMemory(BytesMemory(DATA), MemoryMap([MapRange(0, 1 << 64, 0)]))
+    values, faults = memory.words([8] * 20)
+    assert not faults
+    assert values[0] == int.from_bytes(DATA[8:16], "little")
+
+
+@pytest.mark.parametrize("text", ["a=" + "[" * 100_000, "[[range]]\nbase = " + "9" * 5000])
+def test_a_map_that_breaks_the_parser_is_an_error_too(text):
+    with pytest.raises(InvalidArgumentError):
+        MemoryMap.from_toml(text)
