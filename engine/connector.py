@@ -2,7 +2,8 @@
 
 To add a connector:
 
-1. Write `engine/connectors/NAME.py` with a subclass of `Connector`: `kind`, `summary`, `open`, `memory`, `info`.
+1. Write `engine/connectors/NAME.py` with a subclass of `Connector`: `kind`, `summary`, `open`, `memory`,
+   `memory_map`, `info`, `close`.
 2. Fill `options_help`: keys that are not in it are refused before `open` is called.
 3. Implement `targets()` if what could be opened can be listed, `hints()` if the source knows registers or
    the like, `pause`/`resume` if it can.

@@ -230,6 +230,7 @@ class Machine:
         if isinstance(spec, str):
             spec = chain.parse_spec(spec)
         with self._lock:
+            unnamed = name is None
             name = self._free_name(kind, spec.plugin) if name is None else chain.check_name(name)
             if name in RESERVED_NAMES:
                 raise InvalidArgumentError(f"{name!r} cannot name an instance: it stands in the tree already")
@@ -239,6 +240,8 @@ class Machine:
                 raise ConnectorClosedError(f"{parent.name} was removed")
             build = self._open_connector if kind == "connector" else self._open_os
             instance = build(name, spec, parent)
+            if unnamed and instance.current_layer is not None and spec.plugin == registry.AUTO:
+                instance.name = name = self._free_name(kind, instance.current_layer.kind)
             if instance.parent is not None:
                 instance.parent.children.append(instance)
             self._instances[kind, name] = instance

@@ -4,6 +4,7 @@ To add an OS layer:
 
 1. Write `engine/oslayers/NAME.py` (or a package) with a subclass of `OsLayer`; `open` gets a `Base`
    (memory and hints, never a connector) and raises NotRecognisedError with a reason where it is not its OS.
+   Beside it: `kind`, `summary`, `info`, `pids`, `process`, `close`.
 2. Subclass `Process` (and `Module`): `info`, `memory`, `regions`, `modules`. What cannot be known is None.
 3. Offer what else there is as capabilities: small abstract classes below, or your own.
 4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.oslayers`.

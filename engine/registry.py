@@ -29,7 +29,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
     },
 }
 _GROUPS: dict[Kind, str] = {"connector": "cloudfs.connectors", "oslayer": "cloudfs.oslayers"}
-_BASES: dict[Kind, type] = {"connector": Connector, "oslayer": OsLayer}
+_BASES: dict[str, type] = {"connector": Connector, "oslayer": OsLayer}
 AUTO = "auto"
 """The name that stands for «whichever OS layer recognises it»."""
 
@@ -39,7 +39,8 @@ class Plugin:
     """One plugin as it is announced."""
 
     name: str
-    kind: Kind
+    kind: Literal["connector", "oslayer", "entries"]
+    """`entries`: files for the tree of the mount, which the engine knows nothing of."""
     where: str
     """module:Class."""
     distribution: str
@@ -125,6 +126,9 @@ def _import(plugin: Plugin) -> type:
         raise PluginError(plugin.name, f"fails while it loads: {type(error).__name__}: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, _BASES[plugin.kind])):
         raise PluginError(plugin.name, f"{plugin.where} is not a subclass of {_BASES[plugin.kind].__name__}")
+    missing = sorted(getattr(loaded, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(plugin.name, f"{plugin.where} of {plugin.distribution} lacks {', '.join(missing)}")
     return loaded
 
 

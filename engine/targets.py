@@ -65,7 +65,8 @@ def target_link(target: str) -> Link:
     if chain.NAME_PATTERN.fullmatch(word):
         plugin = registry.find(word)
         if plugin is not None:
-            return plugin.kind, chain.parse_spec(target)
+            kind: Kind = "connector" if plugin.kind == "connector" else "oslayer"
+            return kind, chain.parse_spec(target)
     return image_link(target)
 
 

@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> int:
                 textwrap.dedent(f"""
                 Now you. In another terminal:
                     cd {shlex.quote(str(folder))} && cat README
-                The process of this tour is {pid}; with root's rights every process can be read.
+                The process of this tour is {pid}; with root's rights you see all others too.
                 Ctrl-C here unmounts and ends the tour.""")
             )
             sys.stdout.flush()

@@ -70,7 +70,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.daemon": ("engine.errors",),
     "cloudfs.commands": (),
     "cloudfs.commands.mount": ("cloudfs.mount", "cloudfs.commands.*", "cloudfs.daemon"),
-    "cloudfs.commands.plugins": ("cloudfs.render", "cloudfs.commands.*", "cloudfs.doctor"),
+    "cloudfs.commands.plugins": ("cloudfs.nodes.plugins_file", "cloudfs.commands.*", "cloudfs.doctor"),
     "cloudfs.commands.umount": ("cloudfs.mountpoint", "cloudfs.commands.*"),
     "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
     "cloudfs.cli": ("cloudfs.commands.*",),

@@ -10,6 +10,7 @@ import argparse
 
 from cloudfs.commands._arguments import Exit, Parser, UsageError
 from cloudfs.commands._output import Output
+from cloudfs.nodes.plugins_file import entry_statuses
 from cloudfs.render import Column, plugin_record, table
 from engine import registry
 
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.words:
         return _doctor(output)
     kinds: tuple[registry.Kind, ...] = ("connector", "oslayer")
-    rows = [plugin_record(status) for kind in kinds for status in registry.statuses(kind)]
+    statuses = [status for kind in kinds for status in registry.statuses(kind)]
+    rows = [plugin_record(status) for status in (*statuses, *entry_statuses())]
     if output.json:
         output.document(rows)
     else:

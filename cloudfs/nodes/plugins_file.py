@@ -27,17 +27,30 @@ def load_entries() -> tuple[PluginProblem, ...]:
     """Import all that registers entries, ours and that of other packages; gives what failed, and why."""
     for module in nodes.ENTRY_MODULES:
         importlib.import_module(f"{nodes.__name__}.{module}")
+    return tuple(
+        PluginProblem(status.plugin.name, status.plugin.distribution, status.problem)
+        for status in entry_statuses()
+        if status.problem is not None
+    )
+
+
+def entry_statuses() -> Iterator[registry.PluginStatus]:
+    """Every package that adds entries, loaded, with what is wrong with it."""
     from importlib.metadata import entry_points
 
-    problems = []
     for entry in entry_points(group=GROUP):
+        brought_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
+        plugin = registry.Plugin(entry.name, "entries", entry.value, brought_by)
         try:
-            entry.load()
+            loaded = entry.load()
         except Exception as error:
-            brought_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
-            log.warning("entries of %s (%s) cannot be loaded", entry.name, brought_by, exc_info=True)
-            problems.append(PluginProblem(entry.name, brought_by, f"{type(error).__name__}: {error}"))
-    return tuple(problems)
+            problem = f"{type(error).__name__}: {error}"
+            log.warning("entries of %s (%s) cannot be loaded: %s", entry.name, brought_by, problem)
+            log.debug("how they failed", exc_info=True)
+            yield registry.PluginStatus(plugin, "", problem)
+        else:
+            summary = (getattr(loaded, "__doc__", None) or "").strip().split("\n", 1)[0]
+            yield registry.PluginStatus(plugin, summary, None)
 
 
 def rows(tree: TreeContext) -> Iterator[dict[str, str]]:

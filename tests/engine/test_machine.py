@@ -138,7 +138,8 @@ def test_a_chain_of_guests_in_guests_opens_by_lines_and_closes_in_reverse():
         assert [i.name for i in machine.instances("oslayer")] == ["host", "web", "deep"]
         assert machine.get("oslayer", "deep").parent.parent.parent.name == "vm"
         assert machine.default_os.name == "host"
-    assert CLOSED == ["os inner-os", "connector inner", "os outer-os", "connector outer", "os host"]
+        assert machine.open("oslayer", "auto", parent=machine.get("connector", "inner")).name == "guestos"
+    assert CLOSED == ["os ", "os inner-os", "connector inner", "os outer-os", "connector outer", "os host"]
 
 
 def test_a_connector_opens_its_default_parent_once():

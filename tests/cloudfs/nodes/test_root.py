@@ -117,6 +117,7 @@ def test_plugins_lists_what_is_installed(native):
 class FakeEntryPoint:
     def __init__(self, name, load):
         self.name = name
+        self.value = f"{name}:module"
         self.load = load
         self.dist = types.SimpleNamespace(name="pack", version="1.2")
 
