@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from mounting import is_mounted, require_fuse
+from mounting import is_mounted, require_fuse, take_away
 from support import require
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,8 @@ def test_it_mounts_and_unmounts(installed, tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
         assert (tmp_path / "os/native/processes/1/comm").read_text() == Path("/proc/1/comm").read_text()
     finally:
-        done = installed.run("cloudfs", "umount", "--force", str(tmp_path))
+        done = installed.run("cloudfs", "umount", str(tmp_path))
+        take_away(tmp_path)
     assert done.returncode == 0, done.stderr
     assert not is_mounted(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def point(tmp_path) -> Iterator[Path]:
 def helper(tmp_path_factory) -> Path:
     """The console script as an installation would make it."""
     path = tmp_path_factory.mktemp("helper") / "mount.fuse.cloudfs"
-    path.write_text(f"#!{sys.executable}\nimport sys\nfrom cloudfs.mount_helper import main\nsys.exit(main())\n")
+    code = "import sys; from cloudfs.mount_helper import main; sys.exit(main())"
+    # Not in the first line: the path of the interpreter may have spaces.
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{code}" "$@"\n')
     path.chmod(0o755)
     return path
 

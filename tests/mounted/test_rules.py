@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,8 @@ WAYS = {
     "cat": ("bash", 'echo "$1" | cat > "$2"'),
     "cp": ("bash", 'cp <(echo "$1") "$2"'),
     "perl": ("bash", """perl -e 'open F, ">", $ARGV[1]; print F "$ARGV[0]\\n"; close F or die "$!\\n"' "$1" "$2" """),
-    "python": ("bash", f"""{sys.executable} -S -c 'import sys; print(sys.argv[1], file=open(sys.argv[2], "w"))' """
+    "python": ("bash", f"""{shlex.quote(sys.executable)} -S """
+               """-c 'import sys; print(sys.argv[1], file=open(sys.argv[2], "w"))' """
                """ "$1" "$2" """),
     "busybox": ("bash", 'busybox sh -c \'echo "$1" > "$2"\' sh "$1" "$2"'),
 }  # fmt: skip
