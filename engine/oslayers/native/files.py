@@ -36,7 +36,11 @@ class NativeFiles(ProcFiles):
         return tuple(sorted(NAMES.intersection(names)))
 
     def read(self, name: str) -> bytes:
-        """See `ProcFiles.read`. Raises NotFoundError for a name that is not among `names`."""
+        """See `ProcFiles.read`. Raises NotFoundError for a name that is not among `names`.
+
+        Of cmdline and environ the first 8 MiB, more than exec(2) takes: a process may say that they lie elsewhere,
+        in a reservation of any size.
+        """
         if name not in NAMES:
             raise NotFoundError(f"{self._directory.path} has no text file {name!r}")
         return self._directory.read(name)

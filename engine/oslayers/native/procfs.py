@@ -29,8 +29,15 @@ AT_NULL, AT_PHENT = 0, 4
 ELF_BITS = {56: 64, 32: 32}
 """sizeof(Elf64_Phdr) and sizeof(Elf32_Phdr) → bits of the program."""
 
+ARGUMENTS_LIMIT = 256 << 10
+"""Bytes of a command line that a record holds."""
+STRINGS_LIMIT = 8 << 20
+"""Bytes of cmdline and environ. exec(2) takes 6 MiB (bprm_stack_limits in fs/exec.c, 6.1); a process may say later
+that they lie elsewhere, in any size (PR_SET_MM_MAP in prctl(2))."""
+
 _FIRST = 4096
 _CHUNK = 1 << 16
+_LIMITS = {"cmdline": STRINGS_LIMIT, "environ": STRINGS_LIMIT}
 _IDS = re.compile(rb"^Uid:\t(\d+)\t.*\nGid:\t(\d+)\t", re.MULTILINE)
 _GONE = (errno.ENOENT, errno.ESRCH)
 _DENIED = (errno.EACCES, errno.EPERM)
@@ -75,10 +82,10 @@ def parse_command_line(data: bytes) -> tuple[str, ...]:
     """
     if not data:
         return ()
-    arguments = data.removesuffix(b"\0").split(b"\0")
-    if len(arguments) > 2 and not arguments[-1] and not arguments[-2]:
-        arguments = data.rstrip(b"\0").split(b"\0")
-    return tuple(os.fsdecode(argument) for argument in arguments)
+    text = data.rstrip(b"\0")
+    if len(data) - len(text) == 2:
+        text += b"\0"
+    return tuple(os.fsdecode(argument) for argument in text.split(b"\0"))
 
 
 def parse_program_bits(auxv: bytes) -> int | None:
@@ -97,14 +104,15 @@ def parse_program_bits(auxv: bytes) -> int | None:
     return None
 
 
-def read_descriptor(descriptor: int) -> bytes:
-    """All that a file of /proc gives, from where it stands."""
+def read_descriptor(descriptor: int, limit: int | None = None) -> bytes:
+    """All that a file of /proc gives, from where it stands; at the most `limit` bytes."""
     data = os.read(descriptor, _FIRST)
     if len(data) == 0:
         return data
-    parts = [data]
-    while data := os.read(descriptor, _CHUNK):
+    parts, size = [data], len(data)
+    while data := os.read(descriptor, _CHUNK if limit is None else min(_CHUNK, limit - size)):
         parts.append(data)
+        size += len(data)
     return b"".join(parts) if len(parts) > 1 else parts[0]
 
 
@@ -196,23 +204,26 @@ class ProcDirectory:
         return descriptor
 
     def read(self, name: str) -> bytes:
-        """The whole of one of its files. Raises ProcessExitedError, AccessDeniedError, NotFoundError."""
+        """The whole of one of its files, of cmdline and environ the first 8 MiB.
+
+        Raises ProcessExitedError, AccessDeniedError, NotFoundError.
+        """
         descriptor = self.open(name)
         try:
-            return read_descriptor(descriptor)
+            return read_descriptor(descriptor, _LIMITS.get(name))
         except OSError as error:
             raise self.explained(error, name) from None
         finally:
             os.close(descriptor)
 
-    def read_unchecked(self, name: str) -> bytes | None:
-        """The whole of one of its files or None; for a caller that looks at `stat` after."""
+    def read_unchecked(self, name: str, limit: int | None = None) -> bytes | None:
+        """One of its files, at the most `limit` bytes, or None; for a caller that looks at `stat` after."""
         try:
             descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
-            return read_descriptor(descriptor)
+            return read_descriptor(descriptor, limit)
         except OSError:
             return None
         finally:

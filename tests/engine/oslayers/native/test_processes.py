@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -329,6 +330,62 @@ def test_files_that_wait_or_do_something_are_not_offered(layer, target):
         assert name not in files.names()
         with pytest.raises(NotFoundError):
             files.read(name)
+
+
+HOSTILE = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+size = 64 << 20
+base = libc.mmap(None, size + 4096, 1, 0x4022, -1, 0)
+fields = open("/proc/self/stat", "rb").read().rpartition(b")")[2].split()
+code, code_stop, stack, data, data_stop, heap = (int(fields[at - 3]) for at in (26, 27, 28, 45, 46, 47))
+layout = (code, code_stop, data, data_stop, heap, libc.sbrk(0), stack, *(base, base + size) * 2)
+text = struct.pack("=11QQII", *layout, 0, 0, 0xFFFFFFFF)
+print(libc.prctl(35, 14, ctypes.c_char_p(text), ctypes.c_ulong(len(text)), 0), flush=True)
+sys.stdin.read()
+"""
+"""It says that its arguments and its environment are 64 MiB that nobody has touched (PR_SET_MM_MAP)."""
+
+
+@pytest.fixture
+def hostile(layer):
+    """A process that runs HOSTILE."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOSTILE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            require(process.stdout.readline() == "0\n", "this kernel has no PR_SET_MM_MAP")
+            yield layer.process(process.pid)
+        finally:
+            process.kill()
+
+
+def test_of_arguments_without_end_a_record_holds_a_little(hostile):
+    tracemalloc.start()
+    try:
+        assert hostile.info.command_line == ("",)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["cmdline", "environ"])
+def test_of_arguments_and_environment_without_end_the_first_8_mib_are_read(hostile, name):
+    assert len(hostile.capability(ProcFiles).read(name)) == 8 << 20
+
+
+def test_the_longest_arguments_that_exec_takes_are_read_whole(layer):
+    longest = ["x" * 100_000] * 15
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    arguments = [sys.executable, "-c", code, *longest]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        found = layer.process(process.pid)
+        assert found.capability(ProcFiles).read("cmdline") == b"".join(os.fsencode(text) + b"\0" for text in arguments)
+        assert found.info.command_line[:5] == tuple(arguments[:5])
+        process.communicate(timeout=10)
 
 
 def test_links_are_read_and_never_followed(layer, target):
