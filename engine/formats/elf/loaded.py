@@ -26,6 +26,8 @@ HEADERS_LIMIT = 65536
 LOAD_LIMIT = 64
 WALK_LIMIT = 200_000
 """Regions looked at in one listing: more than any process has, even where many images span them."""
+IMAGES_LIMIT = 4096
+"""Images in one listing. A process may map one page of a made-up file as often as it has mappings."""
 _GATHER_ROWS = 256
 
 
@@ -109,7 +111,7 @@ def loaded_images(memory: Memory, regions: Sequence[Region]) -> list[LoadedImage
     """The images in an address space, ascending by base; regions ascend too, as /proc/PID/maps gives them.
 
     Reads 2 KiB of each file's first mapping, in columns, and no more where headers and build-id lie therein.
-    Raises what `memory` raises but for faults.
+    Stops at 4096 images: those that lie lowest are given. Raises what `memory` raises but for faults.
     """
     space = _RegionMap(regions)
     found = []
@@ -118,6 +120,8 @@ def loaded_images(memory: Memory, regions: Sequence[Region]) -> list[LoadedImage
             image = _image_at(memory, space, region, head)
             if image is not None:
                 found.append(image)
+                if len(found) == IMAGES_LIMIT:
+                    break
     return found
 
 

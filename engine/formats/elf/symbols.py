@@ -26,8 +26,9 @@ _NO_NAMES = np.array([kind in (3, 4) for kind in range(16)])
 
 HIDDEN = 0x8000
 """In DT_VERSYM: not the version that a plain name means."""
-NAMES_LIMIT = 256 << 20
-"""Characters of all names of an image together: they may overlap in their table, in good faith a little."""
+NAMES_FACTOR, NAMES_SPARE = 4, 1 << 20
+"""All names of an image together have so many times the bytes of their table, and so many more, at the most: they
+may overlap in it, in good faith a little."""
 _STEP = 4096
 
 _SYMBOL_64 = [("name", "u4"), ("info", "u1"), ("other", "u1"), ("section", "u2"), ("value", "u8"), ("size", "u8")]
@@ -57,6 +58,7 @@ class Symbols:
         self._plain = strings.isascii()
         self._text = strings.decode("latin-1")
         self._given = 0
+        self._limit = NAMES_FACTOR * len(strings) + NAMES_SPARE
 
     def _read_versions(self, count: int) -> Column | None:
         """The version number of every symbol; None where the image has none, or a table that cannot be."""
@@ -100,6 +102,7 @@ class Symbols:
         good = thread | (offsets <= np.uint64(min(view.load_size, (1 << 64) - 1)))
         self.skipped += len(rows) - int(np.count_nonzero(good))
         rows, offsets = self._only_default(rows[good], offsets[good])
+        self._given = 0  # those names are not kept
         sizes, kinds = self._table["size"][rows], kind[rows]
         for start in range(0, len(rows), _STEP):
             step = slice(start, start + _STEP)
@@ -156,7 +159,7 @@ class Symbols:
             stop = find("\0", start, start + limit)
             add(text[start:stop] if stop > start else None)
             given += stop - start if stop > start else 0
-            if given > NAMES_LIMIT:
+            if given > self._limit:
                 raise BadDataError(self.dynamic.address, detail="the names of the symbols overlap too much")
         self._given = given
         if count:

@@ -14,7 +14,7 @@ from elf_samples import MadeSymbol, compiled, load, make_elf
 
 from engine.errors import AccessDeniedError, FaultError
 from engine.file_memory import FileMemory
-from engine.formats.elf import VDSO, ElfFile, ElfImage, loaded_images, mapped_images
+from engine.formats.elf import VDSO, ElfFile, ElfImage, loaded, loaded_images, mapped_images
 from engine.memory import BytesMemory, Memory
 from engine.types import ADDRESS_SPACE, Region, Rights
 
@@ -209,6 +209,14 @@ def test_a_hundred_files_cost_one_column(elf, image):
     space = Space(*parts)
     assert len(loaded_images(space, regions)) == 100
     assert (space.gathers, space.reads) == (1, 0)
+
+
+def test_a_listing_ends_at_a_stated_count_of_images(elf, image, monkeypatch):
+    monkeypatch.setattr(loaded, "IMAGES_LIMIT", 3)
+    bases = [BASE + number * (1 << 24) for number in range(5)]
+    regions = [region for base in bases for region in regions_of(elf, base)]
+    space = Space(*[(base, image) for base in bases])
+    assert [found.base for found in loaded_images(space, regions)] == bases[:3]
 
 
 def test_errors_that_are_no_faults_come_through(mapped):

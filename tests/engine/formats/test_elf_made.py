@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from elf_samples import MadeSymbol, load, make_elf
@@ -177,6 +178,29 @@ def test_thousands_of_symbols_that_share_one_long_name_do_not_fill_the_memory():
         struct.pack_into("<I", rows, table + 24 + 24 * number, 1)
     with pytest.raises(BadDataError, match="overlap"):
         list(ElfFile(BytesMemory(rows)).exports())
+
+
+def test_names_that_overlap_may_not_be_larger_together_than_some_times_their_table():
+    name = b"\xff" * 60000
+    data = bytearray(make_elf([MadeSymbol(name, 16)] + [MadeSymbol(b"", 16)] * 40))
+    table = ElfFile(BytesMemory(bytes(data))).dynamic.linked(6)
+    for number in range(41):
+        struct.pack_into("<I", data, table + 24 + 24 * number, 1 + number)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadDataError, match="overlap"):
+            list(ElfFile(BytesMemory(data)).exports())
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_that_end_alike_may_share_their_bytes():
+    data = bytearray(make_elf([MadeSymbol(b"x" * 1000, 16)] + [MadeSymbol(b"", 16)] * 900))
+    table = ElfFile(BytesMemory(bytes(data))).dynamic.linked(6)
+    for number in range(901):
+        struct.pack_into("<I", data, table + 24 + 24 * number, 1 + number)
+    assert len(list(ElfFile(BytesMemory(data)).exports())) == 901
 
 
 def test_segments_that_pass_the_end_of_the_address_space_are_bad_data():
