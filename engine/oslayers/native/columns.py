@@ -17,11 +17,11 @@ import numpy.typing as npt
 from engine.errors import FaultError
 from engine.memory import Addresses, Rows
 from engine.oslayers.native import vectors
-from engine.oslayers.native.descriptors import Descriptors
+from engine.oslayers.native.descriptors import Descriptors, Walk
 from engine.oslayers.native.mappings import AddressSpaceGoneError
 from engine.oslayers.native.pagemap import HELD, LEAST_HELD, PAGE_SHIFT, SCAN_PAGES, TOP_BYTE
 from engine.oslayers.native.storage import Storage
-from engine.oslayers.native.transfer import zero
+from engine.oslayers.native.transfer import read, write, zero
 
 WIDEST_ROW = 64 << 10
 """Wider rows gain nothing by being gathered."""
@@ -69,6 +69,10 @@ def held_pages(files: Descriptors, addresses: Addresses, width: int) -> tuple[In
     return before[low + pages] - before[low], pages
 
 
+def _ascending(addresses: Addresses, rows: Indices) -> Indices:
+    return rows[np.argsort(addresses[rows], kind="stable")]
+
+
 def _gather_held(files: Descriptors, addresses: Addresses, out: Rows, one: Callable[[int], None]) -> None:
     """Rows whose pages are all held; `one` does the row that a call stopped at."""
     count, width = out.shape
@@ -85,39 +89,42 @@ def _gather_held(files: Descriptors, addresses: Addresses, out: Rows, one: Calla
             done += 1
 
 
-def _zero_untouched(files: Descriptors, addresses: Addresses, out: Rows, rows: Indices) -> Indices:
-    """Answer rows of `rows`, none of whose pages is held, that lie in anonymous memory; gives the others."""
+def _zero_untouched(walk: Walk, addresses: Addresses, out: Rows, rows: Indices) -> Indices:
+    """Answer rows of `rows`, none of whose pages is held, that lie in anonymous memory; gives the others.
+
+    `rows` ascend by address.
+    """
     width = out.shape[1]
-    others: list[Indices] = []
-    while len(rows):
-        address = int(addresses[rows[0]])
-        mapping = files.mapping_at(address)
+    at = addresses[rows]
+    others: list[int] = []
+    done = 0
+    while done < len(rows):
+        address = int(at[done])
+        mapping = walk.at(address)
         if mapping is None or mapping.storage is not Storage.ANONYMOUS or address + width > mapping.stop:
-            others.append(rows[:1])
-            rows = rows[1:]
+            others.append(done)
+            done += 1
             continue
-        at = addresses[rows]
-        inside = (at >= np.uint64(mapping.start)) & (at <= np.uint64(mapping.stop - width))
-        out[rows[inside]] = 0
-        rows = rows[~inside]
-    return np.concatenate(others) if others else rows
+        stop = int(np.searchsorted(at, np.uint64(mapping.stop - width), side="right"))
+        out[rows[done:stop]] = 0
+        done = stop
+    return rows[others]
 
 
-def gather(
-    files: Descriptors, addresses: Addresses, out: Rows, read: Callable[[int, memoryview], None]
-) -> Found:
-    """Fill `out`; `read` reads one row wherever no call can. Gives (row, address, kind) of those that failed.
+def gather(files: Descriptors, addresses: Addresses, out: Rows) -> Found:
+    """Fill `out`, row by row where no call can. Gives (row, address, kind) of those that failed.
 
     Raises AddressSpaceGoneError where the process may not have been the same all the time.
     """
     found: Found = []
     width = out.shape[1]
     flat = out.data.cast("B")
+    walk = Walk(files)
 
     def one(row: int) -> None:
         address = int(addresses[row])
         try:
-            read(address, flat[row * width : (row + 1) * width])
+            read(files, address, flat[row * width : (row + 1) * width], walk=walk)
         except FaultError as error:
             found.append((row, error.address, error.kind))
             zero(flat[row * width + max(0, error.address - address) : (row + 1) * width])
@@ -135,8 +142,10 @@ def gather(
             out[rows] = part
             for index in late:
                 one(int(rows[index]))
-        untouched = _zero_untouched(files, addresses, out, np.flatnonzero(held == 0))
-        for row in np.concatenate((untouched, np.flatnonzero((held > 0) & ~good))).tolist():
+        # Ascending, since the walk starts anew for every step down.
+        untouched = _zero_untouched(walk, addresses, out, _ascending(addresses, np.flatnonzero(held == 0)))
+        others = np.concatenate((untouched, np.flatnonzero((held > 0) & ~good)))
+        for row in _ascending(addresses, others).tolist():
             one(row)
     if not files.same():
         raise AddressSpaceGoneError
@@ -150,19 +159,18 @@ def _runs(good: npt.NDArray[np.bool_]) -> Iterator[tuple[bool, int, int]]:
         yield bool(good[start]), start, stop
 
 
-def scatter(
-    files: Descriptors, addresses: Addresses, rows: Rows, write: Callable[[int, bytes], None]
-) -> Found:
-    """Store `rows`, in their order; `write` does one row wherever no call can. Gives those that failed.
+def scatter(files: Descriptors, addresses: Addresses, rows: Rows) -> Found:
+    """Store `rows`, in their order, one by one where no call can. Gives those that failed.
 
     process_vm_writev goes by PID: that it is still this process is made sure right before each call.
     """
     found: Found = []
     width = rows.shape[1]
+    walk = Walk(files)
 
     def one(row: int) -> None:
         try:
-            write(int(addresses[row]), rows[row].tobytes())
+            write(files, int(addresses[row]), memoryview(rows[row].tobytes()), walk=walk)
         except FaultError as error:
             found.append((row, error.address, error.kind))
 

@@ -13,7 +13,7 @@ import errno
 import os
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from engine.errors import AccessDeniedError
 from engine.oslayers.native.mappings import (
@@ -25,6 +25,7 @@ from engine.oslayers.native.mappings import (
 )
 from engine.oslayers.native.pagemap import Scanner
 from engine.oslayers.native.procfs import PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD, ProcDirectory
+from engine.types import ADDRESS_SPACE
 
 _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
 """Number of kcmp(2); KCMP_VM (1) asks whether two processes have one address space."""
@@ -87,6 +88,52 @@ class Descriptors:
         except OSError:
             return False
         return True
+
+
+class Walk:
+    """The mappings that one call meets on its way up: the text of maps is gone through once for all of them.
+
+    Where the kernel answers single questions each is asked anew. What was mapped since the walk began may be missing.
+    Raises WouldWaitError, unless `wait`, where the text is long.
+    """
+
+    __slots__ = ("_files", "_last", "_rest", "_since", "_wait")
+
+    def __init__(self, files: Descriptors, *, wait: bool = True) -> None:
+        self._files = files
+        self._wait = wait
+        self._rest: Iterator[Mapping] | None = None
+        self._last: Mapping | None = None
+        self._since = 0
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # At once: an error that somebody keeps would keep the file open.
+        self.again()
+
+    def again(self) -> None:
+        """Begin anew at the next question: a mapping has changed."""
+        self._rest = self._last = None
+
+    def at(self, address: int) -> Mapping | None:
+        """The mapping that holds `address`, or None; cheap where it is not below the last one asked for."""
+        files, mappings, rest = self._files, self._files.mappings, self._rest
+        if not isinstance(mappings, TextMappings):
+            return files.mapping_at(address)
+        if rest is None or address < self._since:
+            self.again()
+            rest = self._rest = mappings.within(address, ADDRESS_SPACE, wait=self._wait)
+        self._since = address
+        while self._last is None or self._last.stop <= address:
+            self._last = next(rest, None)
+            if self._last is None:
+                break
+        # The text is read by PID: it may already be that of the program that came after.
+        if not files.alive():
+            raise AddressSpaceGoneError
+        return self._last if self._last is not None and self._last.start <= address else None
 
 
 def _open_one(path: str, flags: int) -> int:

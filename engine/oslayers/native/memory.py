@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import pread, preadv
@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from engine.errors import FaultError, ReadOnlyError
+from engine.errors import FaultError, FaultKind, ReadOnlyError
 from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.native import columns, transfer, vectors
 from engine.oslayers.native.descriptors import Descriptors, NoMemoryError, open_descriptors
 from engine.oslayers.native.extents import data_runs
 from engine.oslayers.native.looks import LOOKS
-from engine.oslayers.native.mappings import AddressSpaceGoneError
+from engine.oslayers.native.mappings import AddressSpaceGoneError, WouldWaitError
 from engine.oslayers.native.pagemap import (
     HELD,
     LEAST_HELD,
@@ -38,7 +38,7 @@ from engine.oslayers.native.pagemap import (
     PageKind,
 )
 from engine.oslayers.native.procfs import ProcDirectory
-from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES, WouldWaitError
+from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES
 from engine.types import ADDRESS_SPACE, Extent
 
 OPEN_LIMIT = 128
@@ -57,16 +57,28 @@ class _Opened:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._memories: deque[weakref.ref[NativeMemory]] = deque()
+        self._memories: OrderedDict[weakref.ref[NativeMemory], None] = OrderedDict()
+
+    def _forget(self, entry: weakref.ref[NativeMemory]) -> None:
+        # Called whenever a memory is collected, also in a thread that holds the lock: one call, which needs none.
+        self._memories.pop(entry, None)
 
     def add(self, memory: NativeMemory) -> None:
         """It has opened its descriptors."""
+        entry = weakref.ref(memory, self._forget)
+        above: list[NativeMemory | None] = []
         with self._lock:
-            self._memories.append(weakref.ref(memory))
+            self._memories.pop(entry, None)
+            self._memories[entry] = None
             while len(self._memories) > OPEN_LIMIT:
-                first = self._memories.popleft()()
-                if first is not None and first is not memory:
-                    first.close()
+                above.append(self._memories.popitem(last=False)[0]())
+        for first in above:
+            if first is not None:
+                first.close()
+
+    def remove(self, memory: NativeMemory) -> None:
+        """It has let go of them."""
+        self._memories.pop(weakref.ref(memory), None)
 
 
 _opened = _Opened()
@@ -97,6 +109,7 @@ class NativeMemory(Memory):
     def close(self) -> None:
         """Drop the descriptors; they are closed when the last reader is done, and opened again on next use."""
         self._files = None
+        _opened.remove(self)
 
     # -- what may wait ------------------------------------------------------------------------------------
 
@@ -131,18 +144,34 @@ class NativeMemory(Memory):
 
     def _attempt(self, address: int, action: Callable[[Descriptors], T]) -> T:
         """Do it; once more where the process has started another program meanwhile."""
+        try:
+            return self._try(action)
+        except NoMemoryError:
+            state = self._directory.stat().state
+        raise FaultError(address, detail=f"process {self._directory.pid} has no memory now (state {state})")
+
+    def _attempt_rows(
+        self, at: Addresses, action: Callable[[Descriptors], columns.Found], out: Rows | None = None
+    ) -> columns.Found:
+        """Do it as `_attempt` does; without memory each row of `at` fails, and `out` is zeros."""
+        try:
+            return self._try(action)
+        except NoMemoryError:
+            self._directory.stat()
+        if out is not None:
+            out[:] = 0
+        return [(row, address, FaultKind.ABSENT) for row, address in enumerate(at.tolist())]
+
+    def _try(self, action: Callable[[Descriptors], T]) -> T:
         if self._asked:
             self._look()
         for _ in range(2):
             try:
                 return action(self._descriptors())
             except AddressSpaceGoneError:
-                self._files = None
+                self.close()
                 LOOKS.forget(self._directory)
-            except NoMemoryError:
-                break
-        state = self._directory.stat().state
-        raise FaultError(address, detail=f"process {self._directory.pid} has no memory now (state {state})")
+        raise NoMemoryError
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -245,8 +274,7 @@ class NativeMemory(Memory):
         for start in range(0, count, columns.BLOCK_ROWS):
             stop = start + columns.BLOCK_ROWS
             at, part = addresses[start:stop], out[start:stop]
-            action = partial(columns.gather, addresses=at, out=part, read=self.readinto)
-            failed = self._attempt(int(at[0]), action)
+            failed = self._attempt_rows(at, partial(columns.gather, addresses=at, out=part), part)
             found += [(start + row, address, kind) for row, address, kind in failed]
         return Faults.of(found)
 
@@ -267,7 +295,7 @@ class NativeMemory(Memory):
             except NoMemoryError:
                 return
             except AddressSpaceGoneError:
-                self._files = None
+                self.close()
                 self._directory.stat()
 
     # -- writing ------------------------------------------------------------------------------------------
@@ -294,7 +322,6 @@ class NativeMemory(Memory):
         for start in range(0, count, columns.BLOCK_ROWS):
             stop = start + columns.BLOCK_ROWS
             at, part = addresses[start:stop], rows[start:stop]
-            action = partial(columns.scatter, addresses=at, rows=part, write=self.write)
-            failed = self._attempt(int(at[0]), action)
+            failed = self._attempt_rows(at, partial(columns.scatter, addresses=at, rows=part))
             found += [(start + row, address, kind) for row, address, kind in failed]
         return Faults.of(found)

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from engine.errors import FaultError, FaultKind, SourceFaultError
 from engine.memory import fault
 from engine.oslayers.native import vectors
-from engine.oslayers.native.descriptors import Descriptors
-from engine.oslayers.native.mappings import AddressSpaceGoneError, Mapping
+from engine.oslayers.native.descriptors import Descriptors, Walk
+from engine.oslayers.native.mappings import AddressSpaceGoneError, Mapping, WouldWaitError
 from engine.oslayers.native.pagemap import (
     LEAST_HELD,
     LEAST_PRESENT,
@@ -50,10 +50,6 @@ _OF_FILES = frozenset({Storage.FILE, Storage.SHARED_MEMORY, Storage.MEMORY_FILE}
 """What has a file behind it, disk or not: where such a mapping cannot be read, the file ends before."""
 _ZEROS = memoryview(bytes(1 << 20))
 _ONLY_SWAPPED = bytes(range(LEAST_HELD, LEAST_PRESENT))
-
-
-class WouldWaitError(Exception):
-    """The read would have to wait for a disk or another program. Never leaves this package."""
 
 
 def _page_start(address: int) -> int:
@@ -251,12 +247,12 @@ def _read_missing_part(
         _touch(files, mapping, address, view)
 
 
-def read_missing(files: Descriptors, address: int, view: memoryview, *, wait: bool) -> None:
+def read_missing(files: Descriptors, walk: Walk, address: int, view: memoryview, *, wait: bool) -> None:
     """Fill `view` with what pages that are not held would show."""
     size, done, changes = len(view), 0, 0
     while done < size:
         at = address + done
-        mapping = files.mapping_at(at)
+        mapping = walk.at(at)
         if mapping is None:
             raise FaultError(at)
         step = min(size - done, mapping.stop - at)
@@ -264,20 +260,27 @@ def read_missing(files: Descriptors, address: int, view: memoryview, *, wait: bo
             _read_missing_part(files, mapping, at, view[done : done + step], wait=wait)
         except FileNotFoundError:
             changes += 1
+            walk.again()
             if changes == CHANGES:
                 raise FaultError(at, detail="its mapping changes all the time") from None
             continue
         done += step
 
 
-def read(files: Descriptors, address: int, view: memoryview, *, wait: bool = True) -> None:
-    """Fill `view` with the bytes from `address` on.
+def read(
+    files: Descriptors, address: int, view: memoryview, *, wait: bool = True, walk: Walk | None = None
+) -> None:
+    """Fill `view` with the bytes from `address` on; `walk`, where there is one, is shared by several reads.
 
     Raises FaultError with the first bad address, AddressSpaceGoneError, and WouldWaitError unless `wait`.
     """
     size = len(view)
     if size and not 0 <= address < ADDRESS_SPACE:
         raise FaultError(address)
+    if walk is None:
+        with Walk(files, wait=wait) as walk:
+            read(files, address, view, wait=wait, walk=walk)
+        return
     for offset in range(0, size, CHUNK):
         stop = address + min(size, offset + CHUNK)
         for held, begin, end in parts(files, address + offset, stop, wait=wait):
@@ -285,7 +288,7 @@ def read(files: Descriptors, address: int, view: memoryview, *, wait: bool = Tru
             if held:
                 copy(files, begin, part)
             else:
-                read_missing(files, begin, part, wait=wait)
+                read_missing(files, walk, begin, part, wait=wait)
 
 
 def _store(files: Descriptors, address: int, view: memoryview) -> None:
@@ -304,7 +307,7 @@ def _store(files: Descriptors, address: int, view: memoryview) -> None:
         done += count
 
 
-def write(files: Descriptors, address: int, view: memoryview) -> None:
+def write(files: Descriptors, address: int, view: memoryview, *, walk: Walk | None = None) -> None:
     """Store `view` at `address`, through pages that are read-only too (FOLL_FORCE, as a debugger does).
 
     Raises FaultError with the first address that was not written, AddressSpaceGoneError.
@@ -312,13 +315,17 @@ def write(files: Descriptors, address: int, view: memoryview) -> None:
     size = len(view)
     if size and not 0 <= address < ADDRESS_SPACE:
         raise FaultError(address)
+    if walk is None:
+        with Walk(files) as walk:
+            write(files, address, view, walk=walk)
+        return
     for offset in range(0, size, CHUNK):
         stop = address + min(size, offset + CHUNK)
         for held, begin, end in parts(files, address + offset, stop):
             at = begin
             while at < end:
                 # Writing where nothing is mapped may make a stack grow.
-                mapping = None if held else files.mapping_at(at)
+                mapping = None if held else walk.at(at)
                 if not held and mapping is None:
                     raise FaultError(at)
                 last = end if mapping is None else min(end, mapping.stop)

@@ -383,6 +383,24 @@ def test_a_zombie_and_a_kernel_thread_have_no_memory(layer):
         child.wait()
 
 
+def test_rows_of_a_process_without_memory_all_fault_and_are_zeros(layer, writable_layer):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    kernel_threads = [p.pid for p in layer.processes() if p.info.kernel_thread]
+    addresses = np.arange(0x400000, 0x400000 + 40 * 8, 8, dtype=np.uint64)
+    try:
+        for pid in (child.pid, *kernel_threads[:1]):
+            memory = layer.process(pid).memory
+            out = np.full((40, 8), 0xAA, np.uint8)
+            faults = memory.gather(addresses, out)
+            assert (faults.rows.tolist(), faults.addresses.tolist()) == (list(range(40)), addresses.tolist())
+            assert not out.any()
+            assert all(isinstance(found, FaultError) for found in memory.read_many([(int(at), 8) for at in addresses]))
+            assert writable_layer.process(pid).memory.scatter(addresses, out).rows.tolist() == list(range(40))
+    finally:
+        child.wait()
+
+
 def test_to_a_plain_user_too_a_zombie_and_a_kernel_thread_have_no_memory():
     """Their files in /proc belong to root: what looks like a lack of rights is none."""
     said = as_nobody(
