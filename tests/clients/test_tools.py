@@ -17,7 +17,7 @@ import pytest
 from clients.kinds import PAGE, World, await_rest, world
 from clients.page import HEAD, LIMITS, page, read_tables
 from clients.tools import TOOLS
-from clients.verdicts import ENDLESS, NOTHING, Cells, matrix
+from clients.verdicts import ENDLESS, NOTHING, Cells, compare, matrix
 from clients.writers import WRITERS, Writable, check_writer
 from mounting import Mount, mounted, require_fuse
 from support import require
@@ -130,6 +130,11 @@ def test_the_page_says_what_was_seen(scene, reading, writing):
     for table in tables:
         print(table.text)
     kept = {key: cell for table in tables for key, cell in table.cells.items()}
+    for tool in TOOLS:  # what differs is tried again, alone: limits of time hit others on a busy machine
+        for kind in scene.kinds:
+            key = tool.name, kind.name
+            if seen[key] != kept.get(key):
+                seen[key] = compare(tool, kind)[0]
     assert {key: (kept.get(key), cell) for key, cell in seen.items() if kept.get(key) != cell} == {}
     assert kept.keys() == seen.keys()
 

@@ -50,7 +50,7 @@ TOOLS = (
     Tool("head -n", "head -n 3 $f", "coreutils", False),
     Tool("tail -c", "tail -c 100 $f", "coreutils", False),
     Tool("tail -c +N", "tail -c +$((at + 1)) $f | head -c 3000", "coreutils", False),
-    Tool("tail -f", "timeout 0.5 tail -c 100 -s 0.1 -f $f", "coreutils", False),
+    Tool("tail -f", "timeout 1.5 tail -c 100 -s 0.1 -f $f", "coreutils", False),
     Tool("less", "less -f $f", "less"),
     Tool("grep", f"grep -a {NEEDLE} $f", "grep"),
     Tool("grep -c", f"grep -c {NEEDLE} $f", "grep", skips_holes=True),
