@@ -85,10 +85,19 @@ def _plain(field: bytes) -> str:
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The absolute path without `.`, `..` and doubled slashes; of links only those in front of a `..` are followed."""
+    parts = os.path.join(os.getcwd(), os.fspath(path)).split("/")
+    if ".." in parts:  # behind a link it leads elsewhere than its letters say
+        cut = len(parts) - parts[::-1].index("..")
+        parts = [os.path.realpath("/".join(parts[:cut])), *parts[cut:]]
+    return os.path.normpath("/".join(parts))
+
+
 def resolve(path: str | os.PathLike[str]) -> str:
     """The absolute path with links followed, without asking the file system that is mounted there."""
     mounted = {entry.mountpoint for entry in mounts()}
-    at = os.path.join(os.getcwd(), os.fspath(path))
+    at = absolute(path)
     for _ in range(LINKS_FOLLOWED):
         head, tail = os.path.split(at.rstrip("/"))
         if tail in ("", ".", ".."):
@@ -196,8 +205,8 @@ def unmount(path: str | os.PathLike[str], *, force: bool = False) -> None:
     except TargetBusyError:
         if not is_dead(entry.mountpoint):
             raise TargetBusyError(
-                f"{entry.mountpoint} is busy{_by_whom(entry.mountpoint)}: close what is open there and leave its "
-                "directories, or end it for everyone with --force"
+                f"{entry.mountpoint} is busy{_by_whom(entry.mountpoint)}: close what is open there, cd out of it "
+                "first, or end it for everyone with --force"
             ) from None
         detach(entry.mountpoint)
 

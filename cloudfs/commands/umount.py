@@ -7,10 +7,11 @@ files that are open there give errors from then on. That needs root, or /sys/fs/
 from __future__ import annotations
 
 import argparse
+import os
 
 from cloudfs.commands._arguments import Exit, Parser, UsageError
 from cloudfs.commands._output import Output
-from cloudfs.mountpoint import unmount
+from cloudfs.mountpoint import absolute, unmount
 
 EXAMPLES = """\
   cloudfs umount /tmp/machine
@@ -30,8 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Unmount."""
     if len(arguments.words) != 1:
         raise UsageError("want one MOUNTPOINT")
-    unmount(arguments.words[0], force=arguments.force)
+    mountpoint = absolute(arguments.words[0])
+    os.chdir("/")  # who stands in the mount keeps it busy: that must not be this process
+    unmount(mountpoint, force=arguments.force)
     output = Output("umount", json=arguments.json, no_color=arguments.no_color)
     if output.json:
-        output.document({"mountpoint": arguments.words[0], "unmounted": True})
+        output.document({"mountpoint": mountpoint, "unmounted": True})
     return Exit.DONE
