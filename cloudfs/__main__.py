@@ -1,5 +1,5 @@
 """`python -m cloudfs`: the command line."""
 
-from cloudfs.cli import main
+from cloudfs.start import main
 
 raise SystemExit(main())

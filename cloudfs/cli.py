@@ -93,9 +93,15 @@ def configure_logging(verbose: int, file: str | None) -> None:
 
 
 def main(
-    words: Sequence[str] | None = None, *, forgive: Callable[[BaseException], bool] | None = None
+    words: Sequence[str] | None = None,
+    *,
+    forgive: Callable[[BaseException], bool] | None = None,
+    loaded: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run one command line and give its exit code; never raises. An error that `forgive` accepts is none."""
+    """Run one command line and give its exit code; never raises.
+
+    An error that `forgive` accepts is none. `loaded` is called when the command is imported and is about to run.
+    """
     # numpy's threads for matrices have nothing to do here, and take 0.1 s of CPU to start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name: str | None = None
@@ -103,7 +109,7 @@ def main(
     try:
         _prepare_streams()
         name, rest = split_command(words)
-        code = _run(name, rest)
+        code = _run(name, rest, loaded)
         flush()
     except BaseException as error:  # the one boundary: whatever happened becomes a sentence and a code
         if forgive is not None and forgive(error):
@@ -114,9 +120,9 @@ def main(
 
 
 def _prepare_streams() -> None:
-    """A closed stream swallows what is written; a character that a stream cannot encode is escaped."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the program
+    """A closed standard output takes nothing, as ever; a character that a stream cannot encode is escaped."""
+    if sys.stdout is None:  # what is not open for writing gives EBADF as soon as something is printed
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", closefd=False)  # noqa: SIM115 - open as long as the program
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     reconfigure = getattr(sys.stdout, "reconfigure", None)  # tests put other objects there
@@ -124,7 +130,7 @@ def _prepare_streams() -> None:
         reconfigure(errors="backslashreplace")
 
 
-def _run(name: str | None, words: list[str]) -> int:
+def _run(name: str | None, words: list[str], loaded: Callable[[], None]) -> int:
     if name == "help":
         name, words = split_command(words)
         words.append("--help")
@@ -138,6 +144,7 @@ def _run(name: str | None, words: list[str]) -> int:
         return Exit.DONE
     configure_logging(arguments.verbose, arguments.log_file)
     log.debug("cloudfs %s %s", name, words)
+    loaded()
     return int(command.run(arguments))
 
 

@@ -74,7 +74,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.commands.umount": ("cloudfs.mountpoint", "cloudfs.commands.*"),
     "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
     "cloudfs.cli": ("cloudfs.commands.*",),
-    "cloudfs.__main__": ("cloudfs.cli",),
+    "cloudfs.start": ("cloudfs.cli",),
+    "cloudfs.__main__": ("cloudfs.start",),
     "cloudfs.mount_helper": ("cloudfs.cli", "cloudfs.commands.*"),
 }  # fmt: skip
 FUSE = {

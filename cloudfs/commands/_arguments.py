@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import enum
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 Kind = Literal["connector", "oslayer"]
@@ -39,6 +41,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
+_PLAIN = (
+    (r"argument (\S+): invalid (?:float|int) value: (.*)", r"\1 wants a number, not \2"),
+    (r"argument (\S+): not allowed with argument (\S+)", r"\1 and \2 exclude each other"),
+    (r"argument (\S+): expected one argument", r"\1 wants a value behind it"),
+    (r"argument (\S+): ignored explicit argument (.*)", r"\1 takes no value, not even \2"),
+)
+"""What argparse says, and how the house says it."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UsageError, and takes no abbreviations."""
 
@@ -47,6 +58,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError; argparse would print its usage and exit."""
+        for pattern, plain in _PLAIN:
+            if found := re.fullmatch(pattern, message, re.DOTALL):
+                raise UsageError(found.expand(plain))
         raise UsageError(message)
 
 
@@ -101,6 +115,8 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     arguments, rest = parser.parse_known_args(list(words[:cut]))
     for word in rest:
+        if re.match("-[0-9]", word):
+            raise UsageError(f"{word}: addresses are not negative, nor are lengths and PIDs")
         if word.startswith("-") and word != "-":
             raise UsageError(f"there is no option {word}")
     arguments.words = [*rest, *words[cut + 1 :]]
@@ -143,15 +159,11 @@ def assign(words: Sequence[str], shape: Shape, *, file: str | None = None, proce
     Words are given out from the right: what the command cannot do without comes first. Where one word is
     left for an optional TARGET and an optional PID, digits are a PID, all else a TARGET. Raises UsageError.
     """
-    if len(words) < len(shape.rest):
-        missing = shape.rest[len(words) :]
-        raise UsageError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: want {shape}")
+    _check_count(words, shape, process)
     cut = len(words) - len(shape.rest)
     head, rest = list(words[:cut]), tuple(words[cut:])
     given = process
     takes_process = shape.process != "never" and given is None
-    if shape.process == "required" and takes_process and not head:
-        raise UsageError(f"{shape.process_word} is missing: want {shape}, or -p PID|NAME")
     target = path_target(file) if file is not None else None
     if head and takes_process:
         alone = len(head) == 1
@@ -159,11 +171,33 @@ def assign(words: Sequence[str], shape: Shape, *, file: str | None = None, proce
             process = head.pop()
     if head and file is None:
         target = head.pop()
+    if not head and target is not None and process is not None and given is None and file is None:
+        _check_order(target, process, shape.process_word)
     if head:
         taken = [f"-f {file} is the TARGET"] if file is not None else []
         taken += [f"-p {given} is the process"] if given is not None else []
         raise UsageError("; ".join([f"{len(words)} words are too many: want {shape}", *taken]))
     return Words(target, process, rest)
+
+
+def _check_count(words: Sequence[str], shape: Shape, process: str | None) -> None:
+    """Raise UsageError where fewer words came than the command can do with."""
+    wanted = shape if process is None else replace(shape, process="never")
+    needed = [wanted.process_word] * (wanted.process == "required") + list(wanted.rest)
+    if len(words) >= len(needed):
+        return
+    instead = ", or -p PID|NAME" if wanted.process == "required" else ""
+    if words:
+        came = "1 word came" if len(words) == 1 else f"{len(words)} words came"
+        raise UsageError(f"{came}, at least {len(needed)} are wanted: {wanted}{instead}")
+    listed = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
+    raise UsageError(f"{listed} {'is' if len(needed) == 1 else 'are'} missing: want {wanted}{instead}")
+
+
+def _check_order(target: str, process: str, word: str) -> None:
+    """Raise UsageError where TARGET and PID have changed places: digits that name no file, then what is no number."""
+    if is_pid(target) and not is_pid(process) and not os.path.exists(target):
+        raise UsageError(f"{word} comes behind TARGET, and there is no file {target!r}: write {process} {target}")
 
 
 def path_target(path: str) -> str:

@@ -15,7 +15,7 @@ from engine import registry
 from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError
 from engine.machine import Instance, Machine
 from engine.oslayer import OsLayer, Process
-from engine.targets import Chain, Link, chain_of, open_chain
+from engine.targets import Chain, Link, chain_of, open_chain, target_link
 from engine.types import ProcessInfo
 
 COMM_LIMIT = 15
@@ -66,7 +66,20 @@ class Opened:
 
 def words_of(arguments: argparse.Namespace, shape: Shape) -> Words:
     """What the words of a command mean; see `assign`."""
-    return assign(arguments.words, shape, file=arguments.file, process=arguments.process)
+    words = assign(arguments.words, shape, file=arguments.file, process=arguments.process)
+    if shape.process == "optional" and words.target is not None and words.process is None and arguments.file is None:
+        _check_target(words.target)
+    return words
+
+
+def _check_target(word: str) -> None:
+    """Raise NotFoundError for a lone word that is neither file nor plugin, but perhaps a process's name."""
+    try:
+        target_link(word)
+    except NotFoundError as error:
+        if "/" in word or ":" in word:
+            raise
+        raise NotFoundError(f"{error}; a process by its name: -p {word}") from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def writing() -> Iterator[None]:
     except BrokenPipeError:
         raise ReaderGoneError from None
     except OSError as error:
-        raise OutputError(f"standard output cannot be written: {error.strerror}") from None
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise OutputError(f"standard output cannot be written: {why}") from None
 
 
 def put(text: str) -> None:

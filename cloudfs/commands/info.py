@@ -16,7 +16,7 @@ EXAMPLES = """\
   cloudfs info                          this machine
   cloudfs info 1                        a process of this machine
   cloudfs info memory.raw               an image of a machine's memory
-  cloudfs info memory.raw 1             a process in it
+  cloudfs info -p sshd                  by name, where only one process is called so
   cloudfs info --json | jq -r .os.version
 """
 SHAPE = Shape(process="optional")

@@ -13,8 +13,7 @@ from cloudfs.render import escape_terminal, maps_line, maps_text, region_record
 EXAMPLES = """\
   cloudfs maps 1                        a process of this machine
   cloudfs maps sshd                     by name, where only one process is called so
-  cloudfs maps memory.raw 1             a process in an image of a machine's memory
-  cloudfs maps -c qemu:web-01 -p nginx  one in a running guest
+  cloudfs maps -p 1                     the same as the first, whatever the words around it
   cloudfs maps 1 --json | jq -r '.[] | select(.permissions | test("wx")) | .start'
 """
 SHAPE = Shape(process="required")

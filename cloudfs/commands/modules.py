@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
 from cloudfs.commands._opening import opened, process_of, words_of
@@ -13,8 +14,9 @@ EXAMPLES = """\
   cloudfs modules                       the kernel modules of this machine
   cloudfs modules 1                     executable and libraries of a process
   cloudfs modules -p sshd --json        by name, where only one process is called so
-  cloudfs modules memory.raw 1          in an image of a machine's memory
 """
+BUILD_ID_SHOWN = 12
+"""Digits on a terminal; a pipe and --json get all."""
 SHAPE = Shape(process="optional")
 COLUMNS = (
     Column("base", "BASE", right=True),
@@ -45,5 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         if output.json:
             output.document(rows)
         else:
-            output.table(rows, COLUMNS)
+            output.table(map(_shortened, rows) if output.terminal else rows, COLUMNS)
     return Exit.DONE
+
+
+def _shortened(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for people: so much of the build ID that it can be told from others, and the room to the path."""
+    return {**row, "build_id": row["build_id"] and row["build_id"][:BUILD_ID_SHOWN]}

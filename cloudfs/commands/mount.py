@@ -30,7 +30,7 @@ EXAMPLES = """\
   cloudfs mount /tmp/machine                      this machine, until Ctrl-C
   cloudfs mount --daemon /tmp/machine             in the background; cloudfs umount /tmp/machine ends it
   cloudfs mount memory.raw /tmp/image             an image of a machine's memory
-  cloudfs mount --writable -c qemu:web-01 -o linux /tmp/web
+  cloudfs mount --writable memory.raw /tmp/image  the same; what is written there changes the file
   cloudfs mount -o ro,allow_other native /tmp/machine
 """
 SHAPE = Shape(rest=("MOUNTPOINT",))
@@ -153,10 +153,12 @@ class _Session:
     """One mount, from opening the target to unmounting."""
 
     def __init__(self, arguments: argparse.Namespace, words: Words, settings: _Settings) -> None:
+        from cloudfs.mountpoint import absolute  # after the fork
+
         self.arguments = arguments
         self.words = words
         self.settings = settings
-        self.mountpoint = os.path.join(os.getcwd(), words.rest[0])
+        self.mountpoint = absolute(words.rest[0])
 
     def run(self, background: daemon.Background | None) -> int:
         """Open, mount, serve until the end."""
@@ -174,12 +176,12 @@ class _Session:
             opened(self.arguments, self.words, need="any", writable=self.settings.writable) as target,
             contextlib.ExitStack() as stack,
         ):
-            if target.instance.kind != "oslayer":
-                output.say(f"{target.instance.last_error}; its connector is mounted alone")
             counters = Counters()
             status = _status_line(counters, output) if background is None else None
 
             def ready() -> None:
+                if target.instance.kind != "oslayer":
+                    output.say(f"{target.instance.last_error}; its connector is mounted alone")
                 log.info("%s", self._title(target))
                 daemon.tell_service_manager("READY=1")
                 if background is not None:

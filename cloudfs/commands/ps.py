@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
-from cloudfs.commands._opening import Opened, opened, process_info, words_of
-from cloudfs.commands._output import Output
+from cloudfs.commands._opening import COMM_LIMIT, Opened, opened, process_info, words_of
+from cloudfs.commands._output import Output, clip
 from cloudfs.render import Column, process_record, time_text
 from engine.errors import NotFoundError
 from engine.types import ProcessInfo
@@ -22,8 +22,7 @@ from engine.types import ProcessInfo
 EXAMPLES = """\
   cloudfs ps                            the processes of this machine
   cloudfs ps 1                          one of them
-  cloudfs ps memory.raw                 those in an image of a machine's memory
-  cloudfs ps -c qemu:web-01 -o linux    those in a running guest
+  cloudfs ps -p sshd                    by name, where only one process is called so
   cloudfs ps --json | jq '.[] | select(.uid == 0) | .pid'
 """
 SHAPE = Shape(process="optional")
@@ -88,7 +87,7 @@ def _row(info: ProcessInfo, local: bool, terminal: bool) -> dict[str, Any]:
         "state": info.state,
         "threads": info.threads,
         "start": _start(info.start_time) if terminal else time_text(info.start_time),
-        "name": info.name,
+        "name": clip(info.name, COMM_LIMIT) if terminal else info.name,
         "command": command or f"[{info.name}]",
     }
 

@@ -30,7 +30,7 @@ EXAMPLES = """\
   cloudfs read 1 0x7ffd0000 256                 a process of this machine
   cloudfs read -p sshd 0x7ffd0000 1M > part     by name, raw bytes into a file
   cloudfs read memory.raw physical 0 4K         an image of physical memory
-  cloudfs read -c qemu:web-01 kernel 0xffffffff81000000 64
+  cloudfs read -c raw:memory.raw:base=1M physical 1M 64    one that begins at 1M
   cloudfs read 1 0x7ffd0000 256 --hex | less    lines in a pipe too
 """
 SHAPE = Shape(process="required", rest=("ADDRESS", "LENGTH"), process_word="SPACE")

@@ -22,8 +22,8 @@ from engine.targets import chain_of, open_chain
 
 EXAMPLES = """\
   cloudfs targets                       everything that any plugin can list
-  cloudfs targets qemu                  running QEMU guests
-  cloudfs targets qemu -c qemu:web-01   guests in a guest
+  cloudfs targets raw                   what one plugin can list
+  cloudfs targets --json | jq -r '.[].target'
 """
 COLUMNS = (Column("plugin", "PLUGIN"), Column("target", "TARGET"), Column("description", "DESCRIPTION"))
 

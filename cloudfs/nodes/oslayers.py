@@ -24,7 +24,7 @@ class OsLayersDirectory(InstancesDirectory):
 
     kind = "oslayer"
     entries = os_entry
-    example = "web -c vm linux"
+    example = "machine native"
 
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`."""

@@ -11,6 +11,8 @@ from commandline import on_terminal
 from targets import running_target
 
 from cloudfs.commands._output import clip
+from cloudfs.commands.ps import _row
+from engine.types import ProcessInfo
 
 ESCAPE = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -39,6 +41,21 @@ def test_a_table_has_a_bold_title_and_no_line_is_wider_than_the_terminal():
     assert max(map(len, lines)) <= 60
     row = next(line for line in lines if line.split()[0] == str(process.pid))
     assert row.endswith("…")
+
+
+def test_a_long_name_leaves_the_command_its_room():
+    long_name = "n" * 40
+    info = ProcessInfo(pid=1, name=long_name)
+    assert len(_row(info, local=False, terminal=True)["name"]) == 15
+    assert _row(info, local=False, terminal=False)["name"] == long_name
+
+
+def test_a_terminal_gets_twelve_digits_of_a_build_id_and_the_path():
+    _, screen = shown("modules", str(os.getpid()), columns=300)
+    rows = [line.split() for line in lines_of(screen)[1:]]
+    assert rows
+    assert all(len(row[3]) <= 12 for row in rows)
+    assert any(re.fullmatch("[0-9a-f]{12}", row[3]) for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,10 @@ def test_a_target_that_cannot_be_opened_mounts_nothing(point, tmp_path):
     assert not is_mounted(point)
 
 
+def test_an_image_that_is_not_mounted_is_not_said_to_be(point, image):
+    assert "alone" not in refused(str(image), str(point / "nosuch"))
+
+
 def test_without_dev_fuse_it_says_what_to_do(tmp_path):
     # /dev of this mount namespace alone is an empty directory.
     hide = 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3; exec "$@"'
@@ -342,6 +346,26 @@ def close_anyhow(descriptor: int) -> None:
     """close(2) of a file of a dead mount gives ENOTCONN, and closes it."""
     with contextlib.suppress(OSError):
         os.close(descriptor)
+
+
+def test_a_mount_point_is_shown_without_dots(point, image):
+    done = cloudfs("mount", "--daemon", "--json", str(image), f"{point}/./../{point.name}//")
+    try:
+        assert json.loads(done.stdout)["mountpoint"] == str(point)
+    finally:
+        done = cloudfs("umount", "--json", f"{point.parent}/./{point.name}/")
+        assert json.loads(done.stdout)["mountpoint"] == str(point)
+
+
+def test_who_stands_in_a_mount_keeps_it_busy_but_umount_itself_does_not(point, image):
+    with daemon(point, str(image)):
+        shell = ["sh", "-c", '"$@"; exit $?', "sh", *COMMAND, "umount", "."]
+        done = subprocess.run(shell, cwd=point, capture_output=True, timeout=30, check=False, env=environment())
+        assert done.returncode == 1
+        assert re.search(r"is busy \(used by [0-9]+ \(sh\)\): .* cd out of it first", sentence(done))
+        alone = subprocess.run([*COMMAND, "umount", "."], cwd=point, timeout=30, check=False, env=environment())
+        assert alone.returncode == 0
+        assert not is_mounted(point)
 
 
 def test_a_mount_with_an_open_file_is_busy_and_force_ends_it(point, image):

@@ -75,9 +75,12 @@ def test_words_mean(shape, words, file, process, target, found, rest):
         (PS, "a b", None, "12", "-p 12 is the process"),
         (MAPS, "", None, None, "PID is missing: want .*, or -p PID|NAME"),
         (MAPS, "", "image", None, "PID is missing"),
-        (READ, "", None, None, "ADDRESS and LENGTH are missing"),
-        (READ, "12", None, None, "LENGTH is missing"),
-        (READ, "0 16", None, None, "SPACE is missing"),
+        (READ, "", None, None, "SPACE, ADDRESS and LENGTH are missing"),
+        (READ, "12", None, None, "1 word came, at least 3 are wanted: .* SPACE ADDRESS LENGTH"),
+        (READ, "0 16", None, None, "2 words came, at least 3 are wanted"),
+        (READ, "0", None, "12", r"1 word came, at least 2 are wanted: \[TARGET\] ADDRESS LENGTH$"),
+        (PS, "1 nosuch.raw", None, None, "PID comes behind TARGET, .*: write nosuch.raw 1"),
+        (READ, "1 nosuch.raw 0 16", None, None, "SPACE comes behind TARGET"),
         (READ, "a b c 0 16", None, None, "too many"),
         (MOUNT, "", None, None, "MOUNTPOINT is missing"),
         (MOUNT, "a b c", None, None, "too many"),
@@ -146,8 +149,8 @@ def test_a_lone_dash_is_a_word():
         ("--nosuch", "no option --nosuch"),
         ("-x", "no option -x"),
         ("--js", "no option --js"),  # no abbreviations: tomorrow's options must not change today's scripts
-        ("-p", "expected one argument"),
-        ("--json=3", "ignored explicit argument"),
+        ("-p", "wants a value"),
+        ("--json=3", "takes no value"),
     ],
 )
 def test_a_wrong_option_is_refused(line, says):
