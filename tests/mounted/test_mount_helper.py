@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounting import is_mounted, require_fuse
+from mounting import is_mounted, require_fuse, take_away
 from support import require
 
 from cloudfs.mount_helper import HelperUsageError, read_request, split_options
@@ -37,15 +37,12 @@ def point(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "mount"
     folder.mkdir()
 
-    def clear() -> None:
-        while is_mounted(folder):
-            subprocess.run(["umount", "-f", "-l", str(folder)], capture_output=True, timeout=30, check=False)
-
-    timer = threading.Timer(60, clear)
+    timer = threading.Timer(60, take_away, [folder])
     timer.start()
     yield folder
     timer.cancel()
-    clear()
+    take_away(folder)
+    assert not is_mounted(folder)
 
 
 @pytest.fixture(scope="module")
