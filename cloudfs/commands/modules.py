@@ -21,7 +21,7 @@ SHAPE = Shape(process="optional")
 COLUMNS = (
     Column("base", "BASE", right=True),
     Column("size", "SIZE", right=True),
-    Column("architecture", "ARCHITECTURE"),
+    Column("architecture", "ARCH"),
     Column("build_id", "BUILD-ID"),
     Column("name", "NAME"),
     Column("path", "PATH"),
