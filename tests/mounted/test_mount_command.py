@@ -241,8 +241,9 @@ def test_others_are_let_in_where_this_user_may_do_that_and_else_it_says_what_all
         return
     try:
         assert done.returncode == 0, done.stderr
-        line = next(line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {point} " in line)
-        assert "allow_other" in line
+        escaped = str(point).replace(" ", "\\040")
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        assert any(f" {escaped} " in line and "allow_other" in line for line in lines)
     finally:
         cloudfs("umount", str(point))
 
