@@ -46,7 +46,7 @@ VERSIONS = "ONE_1 { local: *; };\nONE_2 { } ONE_1;\n"
 @functools.cache
 def _directory() -> Path:
     made = tempfile.TemporaryDirectory(prefix="cloudfs-elf-")
-    _directory.keep = made  # type: ignore[attr-defined]  # removed when the interpreter ends
+    _directory.keep = made  # removed when the interpreter ends
     return Path(made.name)
 
 

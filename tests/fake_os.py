@@ -196,7 +196,7 @@ class FakeProcess(Process):
     def threads(self) -> Iterator[ThreadInfo]:
         return iter(self.life().threads)
 
-    def capability(self, kind):  # type: ignore[no-untyped-def]
+    def capability(self, kind):
         life = self.life()
         if kind is ProcFiles:
             return None if life.files is None else Files(self)

@@ -167,7 +167,7 @@ class MappedFile(File):
 class OpenCommands(OpenFile):
     """Collects lines; a rest without newline counts at the next flush. The word `fail` is refused."""
 
-    may_block = True  # type: ignore[assignment]
+    may_block = True
 
     def __init__(self, control: Control) -> None:
         self.control = control
@@ -221,7 +221,7 @@ class Control(File):
 class OpenBlocking(OpenFile):
     """Reads wait for the event; `read_nowait` never does."""
 
-    may_block = True  # type: ignore[assignment]
+    may_block = True
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -276,10 +276,10 @@ class OpenBug(OpenFile):
         self.give = give
 
     def read(self, offset: int, size: int, scratch: memoryview) -> bytes:
-        return self.give(size)  # type: ignore[return-value]
+        return self.give(size)
 
     def write(self, offset: int, data: bytes) -> int:
-        return self.give(len(data))  # type: ignore[return-value]
+        return self.give(len(data))
 
 
 class BugFile(File):
@@ -315,7 +315,7 @@ class BrokenPart(Text):
         if self.method == "open":
             raise self.error
         if self.method == "return":
-            return "not a file"  # type: ignore[return-value]
+            return "not a file"
         return super().open(flags)
 
 
@@ -367,8 +367,8 @@ def bad_names() -> Folder:
         if number < len(GOOD_NAMES):
             children.append((GOOD_NAMES[number], Text(f"good {number}", "good\n")))
     children.append(("plain", Text("again", "twice\n")))
-    children.append(("not a node", "text"))  # type: ignore[arg-type]
-    children.append((b"bytes", Text("bytes", "x")))  # type: ignore[arg-type]
+    children.append(("not a node", "text"))
+    children.append((b"bytes", Text("bytes", "x")))
 
     class BadNames(Folder):
         def children(self) -> Iterator[tuple[str, Node]]:
@@ -415,7 +415,7 @@ class BadLink(Link):
         return ("bad link", self.name)
 
     def target(self) -> str | bytes:
-        return self.text  # type: ignore[return-value]
+        return self.text
 
 
 class Changing(Folder):
@@ -556,7 +556,7 @@ def main() -> None:
 
     class Recorded(mounting.TreeOperations):
         def __init__(self, *arguments: object, **keywords: object) -> None:
-            super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
+            super().__init__(*arguments, **keywords)
             made.append(self)
 
     def report(number: int, frame: object) -> None:
@@ -564,12 +564,12 @@ def main() -> None:
         print("inodes", len(made[0].inodes), flush=True)
 
     signal.signal(signal.SIGUSR1, report)
-    mounting.TreeOperations = Recorded  # type: ignore[misc]
+    mounting.TreeOperations = Recorded
     try:
         mounting.mount(
             make_tree(files, backing),
             mountpoint,
-            mounting.MountOptions(**fields),  # type: ignore[arg-type]
+            mounting.MountOptions(**fields),
             ready=lambda: print("ready", flush=True),
         )
     except mounting.MountError as error:

@@ -49,7 +49,7 @@ class Readelf:
     @cached_property
     def loads(self) -> list[tuple[int, int, int, int]]:
         """(offset, address, size in the file, size in memory) of the segments that are loaded."""
-        return [tuple(int(field, 16) for field in match.groups()) for match in _LOAD.finditer(self._run("-l"))]  # type: ignore[misc]
+        return [tuple(int(field, 16) for field in match.groups()) for match in _LOAD.finditer(self._run("-l"))]
 
     @property
     def link_base(self) -> int:

@@ -60,12 +60,12 @@ class Broken(FakeProcess):
     def memory(self) -> Memory:
         raise BadDataError("the structure of the process is garbage")
 
-    def regions(self):  # type: ignore[no-untyped-def]
+    def regions(self):
         raise BadDataError("the structure of the process is garbage")
 
     modules = threads = regions
 
-    def capability(self, kind):  # type: ignore[no-untyped-def]
+    def capability(self, kind):
         return Files(self) if kind is Files else None
 
 
@@ -93,7 +93,7 @@ class TarPit(DummyConnector):
     @classmethod
     def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
         made = super().open(target, {"size": "4M", **options}, parent=parent, writable=writable)
-        made.pit = PitMemory(made._memory)  # type: ignore[attr-defined]
+        made.pit = PitMemory(made._memory)
         return made
 
     @property
@@ -102,7 +102,7 @@ class TarPit(DummyConnector):
 
     @property
     def memory(self) -> Memory:
-        return self.pit  # type: ignore[attr-defined,no-any-return]
+        return self.pit
 
 
 def installed(folder: Path) -> dict[str, str]:

@@ -322,8 +322,8 @@ def test_it_is_in_pyfuse3_for_as_long_as_the_context_lasts() -> None:
     async def main() -> None:
         async with FastLoop(pyfuse3) as loop:
             assert loop.reason is None
-            assert pyfuse3.trio is not trio  # type: ignore[attr-defined]
-        assert pyfuse3.trio is trio  # type: ignore[attr-defined]
+            assert pyfuse3.trio is not trio
+        assert pyfuse3.trio is trio
 
     run(main)
 

@@ -523,7 +523,7 @@ def test_a_bug_in_open_is_eio(kernel: Kernel) -> None:
 
 
 def test_a_child_that_is_no_node_is_eio() -> None:
-    kernel = kernel_of({"text": "not a node"})  # type: ignore[dict-item]
+    kernel = kernel_of({"text": "not a node"})
     assert kernel.errno(lambda: kernel.lookup("text")) == errno.EIO
     kernel.end()
 

@@ -191,7 +191,7 @@ class FakeConnector:
 
 def test_an_instance_says_what_it_is_and_what_was_done_with_it() -> None:
     instance = Instance("connector", "vm", Spec("raw", "/a", {"base": "1M"}), None)
-    instance.current_connector = FakeConnector()  # type: ignore[assignment]
+    instance.current_connector = FakeConnector()
     instance.counters.reads = 3
     record = render.instance_record(instance)
     assert record["name"] == "vm"

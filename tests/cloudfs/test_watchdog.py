@@ -13,7 +13,7 @@ from cloudfs.watchdog import Watchdog
 
 def until(condition: object, limit: float = 5.0) -> None:
     deadline = time.monotonic() + limit
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.002)
 

@@ -85,7 +85,7 @@ class Daemon:
             mounting.mount(
                 made_up_tree.make_tree(),
                 mountpoint,
-                mounting.MountOptions(**options),  # type: ignore[arg-type]
+                mounting.MountOptions(**options),
                 ready=lambda: os.write(tell, b"ready"),
             )
             return "unmounted"
