@@ -28,7 +28,7 @@ _WHERE = {
         "UnsupportedError UnusableTargetError"
     ),
     "engine.types": (
-        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo ProcessInfo Region Rights SectionInfo "
+        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo PageFlags ProcessInfo Region Rights SectionInfo "
         "TargetHints ThreadInfo"
     ),
     "engine.memory": "BytesMemory Faults Memory MemoryWindow",

@@ -25,6 +25,14 @@ class FaultKind(enum.IntEnum):
     """The page may be read, not written."""
     LEFT_OUT = 6
     """Whoever made the dump left the page out."""
+    MIGRATING = 7
+    """The page is being moved to another frame."""
+    TABLE = 8
+    """A page table on the way to it cannot be read."""
+    MALFORMED = 9
+    """Its page-table entry is none that the paging mode knows."""
+    NOT_WALKED = 10
+    """Of a listing of page tables: not looked into, since they repeat or exceed all bounds."""
 
 
 class EngineError(Exception):
@@ -61,6 +69,10 @@ class FaultError(EngineError):
             FaultKind.SOURCE: "its source failed",
             FaultKind.READ_ONLY: "the page is read-only",
             FaultKind.LEFT_OUT: "the page was left out of the dump",
+            FaultKind.MIGRATING: "the page is being migrated",
+            FaultKind.TABLE: "its page table cannot be read",
+            FaultKind.MALFORMED: "its page-table entry is malformed",
+            FaultKind.NOT_WALKED: "its page tables were not walked",
         }[self.kind]
         return f"address {self.address:#x} cannot be accessed: {self.detail or why}"
 

@@ -30,7 +30,7 @@ from engine.errors import (
 )
 from engine.memory import COLUMN_THRESHOLD, SLICE_ROW, Addresses, Data, Faults, Memory, Rows, gather_from
 from engine.mounts import Backing, backing_of_file
-from engine.types import Extent
+from engine.types import Extent, Shortcut
 
 _U64: Callable[[bytes], tuple[int, ...]] = struct.Struct("<Q").unpack
 _FILE_OFFSET_MAX = (1 << 63) - 1
@@ -39,6 +39,8 @@ RUN_GAP = 4096
 """Rows of a column that are nearer to one another are read in one piece."""
 RUN_LIMIT = 1 << 20
 """Bytes of such a piece."""
+SHORTCUT_MOST = 64 << 10
+"""Bytes up to which a copy costs less than asking the file for its size and lending its mapping."""
 
 
 class _Descriptor:
@@ -280,6 +282,15 @@ class FileMemory(Memory):
             return None
         mapping = self._mapped(self._open(), address + size)
         return None if mapping is None else mapping[0][address : address + size]
+
+    def shortcut(self) -> Shortcut | None:
+        """See `Memory.shortcut`."""
+        descriptor = self._descriptor
+        if descriptor is None or self.backing is Backing.REMOTE:
+            return None
+        in_memory = self.backing is Backing.MEMORY  # then `borrow` is faster for long pieces
+        most = SHORTCUT_MOST if in_memory else 1 << 20
+        return Shortcut(descriptor, descriptor.number, most, writable=self.writable, nowait=not in_memory)
 
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""

@@ -4,6 +4,9 @@
 
 `Machine` opens, names and closes; `Instance` is one opened thing with its place in the chain. What stands on
 something is closed before it; what readers still hold lives on until they drop it.
+
+Opening may wait for ever, as for a file on a filesystem that does not answer, and so may closing: both are done
+without the lock. `Opening` holds the name meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, Self
@@ -173,13 +176,35 @@ class Instance:
         self._pids = (float("-inf"), [])
 
 
+@dataclass(slots=True, eq=False)
+class Opening:
+    """What is being opened, or opened anew: its name is taken, and what it stands on cannot be removed."""
+
+    kind: Kind
+    name: str
+    spec: chain.Spec
+    parent: Instance | None
+    begun: float = field(default_factory=time.monotonic)
+    given_up: bool = False
+    """All was closed meanwhile: what comes of it is closed at once."""
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def __str__(self) -> str:
+        return f"{self.name} is being opened, for {time.monotonic() - self.begun:.0f} s so far"
+
+
 class Machine:
-    """All that is open. Use it as a context manager; not tied to a thread."""
+    """All that is open. Use it as a context manager; not tied to a thread.
+
+    No method waits for what another thread opens or closes, except for a default parent that both need.
+    """
 
     def __init__(self, *, writable: bool = False) -> None:
         self.writable = writable
         self._instances: dict[tuple[Kind, str], Instance] = {}
-        self._lock = threading.RLock()
+        self._openings: dict[tuple[Kind, str], Opening] = {}
+        self._lock = threading.Lock()
+        """Of both tables and of what stands on what; never held while a target is opened, asked or closed."""
 
     def __enter__(self) -> Self:
         return self
@@ -188,18 +213,24 @@ class Machine:
         self.close()
 
     def instances(self, kind: Kind) -> list[Instance]:
-        """The instances of a kind, oldest first; never waits for one that is being opened."""
-        # Without the lock, which an opening holds for as long as it takes: copying a dict is atomic.
+        """The instances of a kind, oldest first; without those that are being opened."""
         return [instance for (found, _), instance in list(self._instances.items()) if found == kind]
 
+    def openings(self, kind: Kind) -> list[Opening]:
+        """What of a kind is being opened, oldest first."""
+        return [opening for (found, _), opening in list(self._openings.items()) if found == kind]
+
     def find(self, kind: Kind, name: str) -> Instance | None:
-        """The instance of that name, or None; never waits for one that is being opened."""
+        """The instance of that name, or None."""
         return self._instances.get((kind, name))
 
     def get(self, kind: Kind, name: str) -> Instance:
-        """The instance of that name. Raises NotFoundError that says which there are."""
+        """The instance of that name. Raises NotFoundError that says which there are, TargetBusyError as it opens."""
+        opening = self._openings.get((kind, name))
         instance = self.find(kind, name)
         if instance is None:
+            if opening is not None:
+                raise TargetBusyError(f"{opening}: it can be used when that has ended")
             word = "connector" if kind == "connector" else "OS"
             names = ", ".join(i.name for i in self.instances(kind)) or "none"
             raise NotFoundError(f"no {word} instance is called {name!r}; there are: {names}")
@@ -222,58 +253,122 @@ class Machine:
     ) -> Instance:
         """Open a connector or OS layer, on `parent` where it stands on one; `spec` may be written as in a chain.
 
-        Raises AlreadyExistsError, InvalidArgumentError, PluginError, NotRecognisedError or what opening raises;
+        Raises AlreadyExistsError, InvalidArgumentError, PluginError, NotRecognisedError or what opening raises,
+        TargetBusyError where `parent` is being opened anew, ConnectorClosedError where all was closed meanwhile;
         nothing is left open then.
         """
         if kind not in ("connector", "oslayer"):
             raise InvalidArgumentError(f"{kind!r} cannot be opened: want 'connector' or 'oslayer'")
         if isinstance(spec, str):
             spec = chain.parse_spec(spec)
+        with self._reserved(kind, spec, name, parent) as opening:
+            instance = self._build(opening)
+            with self._lock:
+                if not opening.given_up:
+                    if name is None and instance.current_layer is not None and spec.plugin == registry.AUTO:
+                        instance.name = self._free_name(kind, instance.current_layer.kind)
+                    if instance.parent is not None:
+                        instance.parent.children.append(instance)
+                    self._instances[kind, instance.name] = instance
+                    return instance
+            self._shut(instance)
+            raise ConnectorClosedError(f"{opening.name} was opened too late: all was closed meanwhile")
+
+    @contextlib.contextmanager
+    def _reserved(
+        self, kind: Kind, spec: chain.Spec, name: str | None, parent: Instance | None
+    ) -> Iterator[Opening]:
+        """The name taken for as long as the context, or until all is closed."""
+        if name is not None:
+            chain.check_name(name)
         with self._lock:
-            unnamed = name is None
-            name = self._free_name(kind, spec.plugin) if name is None else chain.check_name(name)
-            if name in RESERVED_NAMES:
-                raise InvalidArgumentError(f"{name!r} cannot name an instance: it stands in the tree already")
-            if (kind, name) in self._instances:
-                raise AlreadyExistsError(f"there is an instance called {name!r} already")
-            if parent is not None and parent.closed:
-                raise ConnectorClosedError(f"{parent.name} was removed")
-            build = self._open_connector if kind == "connector" else self._open_os
-            instance = build(name, spec, parent)
-            if unnamed and instance.current_layer is not None and spec.plugin == registry.AUTO:
-                instance.name = name = self._free_name(kind, instance.current_layer.kind)
-            if instance.parent is not None:
-                instance.parent.children.append(instance)
-            self._instances[kind, name] = instance
-            return instance
+            name = self._free_name(kind, spec.plugin) if name is None else name
+            self._check_name(kind, name)
+            if parent is not None:
+                self._check_parent(parent)
+            opening = self._openings[kind, name] = Opening(kind, name, spec, parent)
+        try:
+            yield opening
+        finally:
+            self._end(opening)
+
+    def _check_name(self, kind: Kind, name: str) -> None:
+        if name in RESERVED_NAMES:
+            raise InvalidArgumentError(f"{name!r} cannot name an instance: it stands in the tree already")
+        if (kind, name) in self._instances:
+            raise AlreadyExistsError(f"there is an instance called {name!r} already")
+        if (other := self._openings.get((kind, name))) is not None:
+            raise AlreadyExistsError(f"{other}: take another name")
+
+    def _check_parent(self, parent: Instance) -> None:
+        if parent.closed:
+            raise ConnectorClosedError(f"{parent.name} was removed")
+        if (other := self._openings.get((parent.kind, parent.name))) is not None:
+            raise TargetBusyError(f"{other}: nothing can stand on it before that has ended")
+
+    def _end(self, opening: Opening) -> None:
+        with self._lock:
+            if self._openings.get((opening.kind, opening.name)) is opening:
+                del self._openings[opening.kind, opening.name]
+        opening.ended.set()
 
     def _free_name(self, kind: Kind, plugin: str) -> str:
-        names = [plugin, *(f"{plugin}-{number}" for number in range(2, len(self._instances) + 3))]
-        return next(name for name in names if (kind, name) not in self._instances and name not in RESERVED_NAMES)
+        taken = {name for found, name in (*self._instances, *self._openings) if found == kind} | RESERVED_NAMES
+        names = [plugin, *(f"{plugin}-{number}" for number in range(2, len(taken) + 3))]
+        return next(name for name in names if name not in taken)
 
-    def _open_connector(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+    def _build(self, opening: Opening) -> Instance:
+        return self._open_connector(opening) if opening.kind == "connector" else self._open_os(opening, opening.spec)
+
+    def _open_connector(self, opening: Opening) -> Instance:
+        spec = opening.spec
         plugin = registry.load_connector(spec.plugin)
         check_options(spec, {**plugin.options_help, **middleware.OPTIONS_HELP})
         own = {key: value for key, value in spec.options.items() if key not in middleware.OPTIONS_HELP}
         with contextlib.ExitStack() as failed:
-            if parent is None and plugin.default_parent is not None:
-                parent = self.find("oslayer", plugin.default_parent)
-                if parent is None:
-                    parent = self.open("oslayer", chain.Spec(plugin.default_parent))
-                    failed.callback(self.remove, "oslayer", parent.name)
-            layer = None if parent is None else parent.layer
+            if opening.parent is None and plugin.default_parent is not None:
+                failed.callback(self._leave_parent, opening, self._stand_on_default(opening, plugin.default_parent))
+            layer = None if opening.parent is None else opening.parent.layer
             opened = plugin.open(spec.target, own, parent=layer, writable=self.writable)
             failed.callback(opened.close)
             memory = middleware.wrap(opened.memory, spec.options)
             info = opened.info
             failed.pop_all()
-        return Instance(
-            "connector", name, spec, parent, None, opened, memory, live=info.live, writable=info.writable
-        )
+        made = Instance("connector", opening.name, spec, opening.parent, None, opened, memory)
+        made.live, made.writable = info.live, info.writable
+        return made
 
-    def _open_os(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+    def _stand_on_default(self, opening: Opening, plugin: str) -> Instance | None:
+        """Stand on the OS of that name, opened now where there is none; gives it where that was done.
+
+        Waits for another thread that opens it already.
+        """
+        made = None
+        while True:
+            with self._lock:
+                parent, other = self._instances.get(("oslayer", plugin)), self._openings.get(("oslayer", plugin))
+                if opening.given_up:
+                    raise ConnectorClosedError(f"{opening.name} is not opened: all was closed meanwhile")
+                if parent is not None and other is None:
+                    opening.parent = parent
+                    return parent if parent is made else None
+            if other is not None:
+                other.ended.wait()
+                continue
+            with contextlib.suppress(AlreadyExistsError):  # another thread came first
+                made = self.open("oslayer", chain.Spec(plugin), name=plugin)
+
+    def _leave_parent(self, opening: Opening, made: Instance | None) -> None:
+        """Stand on nothing, and close the parent that was opened for this alone."""
+        opening.parent = None
+        if made is not None and self.find("oslayer", made.name) is made:
+            with contextlib.suppress(TargetBusyError, NotFoundError):  # others stand on it by now
+                self.remove("oslayer", made.name)
+
+    def _open_os(self, opening: Opening, spec: chain.Spec) -> Instance:
         if spec.plugin == registry.AUTO:
-            return self._recognise(name, spec, parent)
+            return self._recognise(opening)
+        parent = opening.parent
         plugin = registry.load_oslayer(spec.plugin)
         check_options(spec, plugin.options_help)
         if plugin.needs_memory and parent is None:
@@ -286,7 +381,7 @@ class Machine:
         except BaseException:
             layer.close()
             raise
-        return Instance("oslayer", name, spec, parent, layer, live=info.live, writable=info.writable)
+        return Instance("oslayer", opening.name, spec, parent, layer, live=info.live, writable=info.writable)
 
     def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
         if parent is None:
@@ -294,7 +389,8 @@ class Machine:
         hints = parent.connector.hints()
         return Base(parent.memory, hints, spec.target, parent.writable, parent.live)
 
-    def _recognise(self, name: str, spec: chain.Spec, parent: Instance | None) -> Instance:
+    def _recognise(self, opening: Opening) -> Instance:
+        parent, spec = opening.parent, opening.spec
         if parent is None:
             raise InvalidArgumentError("auto stands on a connector: name one with -c")
         reasons = []
@@ -302,32 +398,44 @@ class Machine:
             try:
                 if not registry.load_oslayer(plugin.name).needs_memory:
                     continue
-                return self._open_os(name, chain.Spec(plugin.name, spec.target, spec.options), parent)
+                return self._open_os(opening, chain.Spec(plugin.name, spec.target, spec.options))
             except (NotRecognisedError, PluginError) as error:
                 reasons.append(f"{plugin.name}: {error}")
         tried = "; ".join(reasons) or "no OS layer for memory is installed"
         raise NotRecognisedError(f"no OS was recognised in {parent.name} ({tried})")
 
     def remove(self, kind: Kind, name: str) -> None:
-        """Close an instance. Raises TargetBusyError naming what stands on it."""
+        """Close an instance. Raises TargetBusyError naming what stands on it, or where it is being opened."""
         with self._lock:
             instance = self.get(kind, name)
-            if instance.children:
-                names = ", ".join(child.name for child in instance.children)
-                raise TargetBusyError(f"{name} is in use: {names} stands on it; remove that first")
+            self._check_idle(instance, "remove that first")
             del self._instances[kind, name]
-            self._close(instance)
+            opened = self._detach(instance)
+        _close_all(opened)
 
-    def _close(self, instance: Instance) -> None:
+    def _check_idle(self, instance: Instance, advice: str) -> None:
+        """Raise TargetBusyError where something stands on it, or is about to, or where it is being opened anew."""
+        if (other := self._openings.get((instance.kind, instance.name))) is not None:
+            raise TargetBusyError(f"{other}: wait until that has ended")
+        if instance.children:
+            names = ", ".join(child.name for child in instance.children)
+            raise TargetBusyError(f"{instance.name} is in use: {names} stands on it; {advice}")
+        for opening in self._openings.values():
+            if opening.parent is instance:
+                raise TargetBusyError(f"{instance.name} is in use: {opening}, on it; wait until that has ended")
+
+    @staticmethod
+    def _detach(instance: Instance) -> list[OsLayer | Connector]:
+        """Take from an instance what it has opened, to be closed without the lock."""
         if instance.parent is not None and instance in instance.parent.children:
             instance.parent.children.remove(instance)
-        layer, connector = instance.current_layer, instance.current_connector
+        opened = [one for one in (instance.current_layer, instance.current_connector) if one is not None]
         instance.current_layer = instance.current_connector = instance.memory_view = None
         instance.forget()
-        if layer is not None:
-            layer.close()
-        if connector is not None:
-            connector.close()
+        return opened
+
+    def _shut(self, instance: Instance) -> None:
+        _close_all(self._detach(instance))
 
     def reopen(self, instance: Instance) -> None:
         """Open an instance's target anew, in place: its generation grows by one, old nodes are gone.
@@ -338,24 +446,43 @@ class Machine:
         with self._lock:
             if instance.closed:
                 raise ConnectorClosedError(f"{instance.name} was removed")
-            if instance.children:
-                raise TargetBusyError(f"{instance.name} is in use: {instance.children[0].name} stands on it")
-            build = self._open_connector if instance.kind == "connector" else self._open_os
-            fresh = build(instance.name, instance.spec, instance.parent)
-            old_layer, old_connector = instance.current_layer, instance.current_connector
-            instance.current_layer, instance.current_connector = fresh.current_layer, fresh.current_connector
-            instance.memory_view, instance.live = fresh.memory_view, fresh.live
-            instance.generation += 1
-            instance.forget()
-            for old in (old_layer, old_connector):
-                if old is not None:
-                    old.close()
+            self._check_idle(instance, "remove that first")
+            opening = Opening(instance.kind, instance.name, instance.spec, instance.parent)
+            self._openings[instance.kind, instance.name] = opening
+        try:
+            fresh = self._build(opening)
+            with self._lock:
+                if opening.given_up:
+                    old = self._detach(fresh)
+                else:
+                    old = [one for one in (instance.current_layer, instance.current_connector) if one is not None]
+                    instance.current_layer, instance.current_connector = fresh.current_layer, fresh.current_connector
+                    instance.memory_view, instance.live = fresh.memory_view, fresh.live
+                    instance.generation += 1
+                    instance.forget()
+            _close_all(old)
+            if opening.given_up:
+                raise ConnectorClosedError(f"{instance.name} was removed while it was opened anew")
+        finally:
+            self._end(opening)
 
     def close(self) -> None:
-        """Close everything, the last opened first."""
+        """Close everything, the last opened first; what is being opened is closed when it comes."""
         with self._lock:
-            for key in reversed(list(self._instances)):
-                self._close(self._instances.pop(key))
+            for opening in self._openings.values():
+                opening.given_up = True
+            self._openings.clear()
+            instances = list(reversed(self._instances.values()))
+            self._instances.clear()
+            opened = [one for instance in instances for one in self._detach(instance)]
+        _close_all(opened)
+
+
+def _close_all(opened: Sequence[OsLayer | Connector]) -> None:
+    """Close them in this order, all of them also where one fails."""
+    with contextlib.ExitStack() as stack:
+        for one in reversed(opened):
+            stack.callback(one.close)
 
 
 def check_options(spec: chain.Spec, known: Mapping[str, str]) -> None:

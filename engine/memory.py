@@ -205,6 +205,10 @@ class Memory(ABC):
         """
         return None
 
+    def shortcut(self) -> Shortcut | None:
+        """How these bytes are had without calling this object; None where it has to be called. Never waits."""
+        return None
+
     def cached(self) -> Memory:
         """A view for one operation that reads much: it may keep what it read until it is thrown away.
 

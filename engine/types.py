@@ -27,6 +27,34 @@ class Extent:
         return self.start <= address < self.start + self.size
 
 
+@dataclass(frozen=True, slots=True)
+class Shortcut:
+    """How bytes of a memory are had by pread(2) alone, offset = `base` + address, until `until`.
+
+    Whoever uses it keeps `keeper` meanwhile, which holds the descriptors, and leaves to the memory's own methods
+    every read that does not give all of its bytes at once.
+    """
+
+    keeper: object
+    descriptor: int
+    most: int
+    """Bytes of one read above which another way is faster."""
+    until: float = float("inf")
+    """Seconds of time.monotonic()."""
+    base: int = 0
+    size: int = (1 << 63) - 1
+    """No address from here on is read: the most that off_t can say where the descriptor knows its own end."""
+    writable: bool = False
+    """pwrite(2) stores too, below the file's end as lseek(2) tells it."""
+    nowait: bool = False
+    """By preadv2(2) with RWF_NOWAIT: anything else might have to wait."""
+    pagemap: int = -1
+    """Of a process: a piece is read only where the entries of this file say that all of its pages are present."""
+    pid: int = 0
+    """Long pieces are read by process_vm_readv(2), and count if `pidfd` and `pagemap` still answer; 0: they are not."""
+    pidfd: int = -1
+
+
 class Rights(enum.Flag):
     """What an access may do."""
 
@@ -36,6 +64,20 @@ class Rights(enum.Flag):
     EXECUTE = 4
     USER = 8
     USER_EXECUTE = 16
+
+
+class PageFlags(enum.Flag):
+    """What a page-table entry says of its page beside rights."""
+
+    NONE = 0
+    GLOBAL = 1
+    """Kept over changes of the address space."""
+    ACCESSED = 2
+    DIRTY = 4
+    INACCESSIBLE = 8
+    """Resident, but every access of the target faults (PROT_NONE, NUMA balancing): translated and read here."""
+    TRANSITION = 16
+    """Resident though on its way out (a Windows transition page)."""
 
 
 @dataclass(frozen=True, slots=True)

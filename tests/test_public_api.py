@@ -15,7 +15,7 @@ FACE = {
     "ConnectorClosedError", "ConnectorInfo", "EngineError", "ExportInfo", "Extent", "FaultError", "FaultKind",
     "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "Machine", "MapRange",
     "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo", "NotFoundError",
-    "NotRecognisedError", "OsInfo", "OsLayer", "PagedOutError", "PluginError", "ProcFiles", "Process",
+    "NotRecognisedError", "OsInfo", "OsLayer", "PageFlags", "PagedOutError", "PluginError", "ProcFiles", "Process",
     "ProcessExitedError", "ProcessInfo", "ReadOnlyError", "ReadOnlyFaultError", "Region", "Rights", "SectionInfo",
     "SourceFaultError", "Target", "TargetBusyError", "TargetGoneError", "TargetHints", "TargetTimeoutError",
     "ThreadInfo", "UnsupportedError", "UnusableTargetError", "open_target",

@@ -42,6 +42,11 @@ class Looks:
         found = self._found.get((directory.path, directory.pid, directory.start_ticks))
         return None if found is None or time.monotonic() >= found[0] else found[1]
 
+    def harmless_until(self, directory: ProcDirectory) -> float | None:
+        """How long (time.monotonic()) reading it is known not to wait; None where it may."""
+        found = self._found.get(_key(directory))
+        return None if found is None or found[1] else found[0]
+
     def look(self, directory: ProcDirectory) -> bool:
         """Find it out by the process's mappings; may wait for as long as its mmap_lock is held.
 

@@ -39,7 +39,7 @@ from engine.oslayers.native.pagemap import (
 )
 from engine.oslayers.native.procfs import ProcDirectory
 from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES
-from engine.types import ADDRESS_SPACE, Extent
+from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 OPEN_LIMIT = 128
 """Memories that hold their four descriptors at one time: half of what a process may usually open."""
@@ -222,6 +222,14 @@ class NativeMemory(Memory):
         except (WouldWaitError, AddressSpaceGoneError, NoMemoryError):
             return False
         return True
+
+    def shortcut(self) -> Shortcut | None:
+        """See `Memory.shortcut`: for as long as the last look at the mappings is believed."""
+        files, until = self._files, LOOKS.harmless_until(self._directory)
+        if files is None or until is None or files.pagemap < 0:
+            return None
+        pid = files.pid if files.vectors else 0
+        return Shortcut(files, files.mem, 1 << 20, until, pagemap=files.pagemap, pid=pid, pidfd=files.pidfd)
 
     def _short(self, address: int, size: int) -> bytes | None:
         """`size` bytes inside of one page that is held, or None where it is not that simple."""
