@@ -26,6 +26,11 @@ class Snapshot:
     error: Exception | None = None
     """What ended the listing before its time."""
 
+    def take_error(self) -> Exception | None:
+        """`error`, which is then None: whoever raised it would stand in its traceback, and it in him, in a cycle."""
+        error, self.error = self.error, None
+        return error
+
 
 def snapshot(directory: Directory) -> Snapshot:
     """The children that can be listed: a bad name, a name given twice and a node that is none are left out.
@@ -59,7 +64,10 @@ def snapshot(directory: Directory) -> Snapshot:
                 )
     except Exception as raised:
         error = raised
-    return Snapshot(list(found.items()), skipped, error)
+    try:
+        return Snapshot(list(found.items()), skipped, error)
+    finally:
+        del error  # its traceback holds this frame: together they would keep what was listed until the next collection
 
 
 _DIRECTORY = Attributes(st.S_IFDIR)
@@ -76,10 +84,11 @@ def only_type(node: Node) -> Attributes:
 
 def attributes_of(nodes: Sequence[Node]) -> list[Attributes | Exception]:
     """The attributes of each node, or the error that it raised."""
-    found: list[Attributes | Exception] = []
-    for node in nodes:
-        try:
-            found.append(node.attributes())
-        except Exception as error:
-            found.append(error)
-    return found
+    return [_attributes_or_error(node) for node in nodes]  # no name for the list: errors hold this frame
+
+
+def _attributes_or_error(node: Node) -> Attributes | Exception:
+    try:
+        return node.attributes()
+    except Exception as error:
+        return error

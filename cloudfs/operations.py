@@ -47,6 +47,7 @@ from cloudfs.node import (
     OpenFile,
 )
 from cloudfs.shim import FLUSHED
+from cloudfs.shortcuts import Shortcuts
 from cloudfs.watchdog import Watchdog
 from cloudfs.worker_threads import SCRATCH_SIZE, ScratchPool, WorkerThreads, new_scratch
 from engine.errors import InvalidArgumentError, NotFoundError, ReadOnlyError, TargetTimeoutError
@@ -96,7 +97,7 @@ class Owner:
 class Handle:
     """An open file."""
 
-    __slots__ = ("commands", "file", "group", "node", "spoilt")
+    __slots__ = ("commands", "file", "group", "node", "shortened", "spoilt")
 
     def __init__(self, node: File, file: OpenFile) -> None:
         self.spoilt = False
@@ -105,6 +106,7 @@ class Handle:
         self.file = file
         self.commands = node.takes_commands
         self.group = node.thread_group
+        self.shortened = type(file).shortcut is not OpenFile.shortcut
 
 
 class Listing:
@@ -165,6 +167,7 @@ class TreeOperations(pyfuse3.Operations):
         self.counters = counters or Counters()
         self.threads = WorkerThreads(timeout)
         self.watchdog = watchdog or Watchdog(lambda: None)
+        self.shortcuts: Shortcuts | None = None
         self.initialised = trio.Event()
         """Set while INIT is answered: whoever waits for it runs after the answer."""
         self._owner = owner or Owner()
@@ -318,6 +321,7 @@ class TreeOperations(pyfuse3.Operations):
         if not (isinstance(node, File) and node.takes_commands):
             if fh is not None and fields.update_size:
                 self._handles[fh].spoilt = True
+                self._withdraw(fh)
             raise PermissionError(f"size and times of {node.identity!r} cannot be changed")
         return await self.getattr(inode, ctx)
 
@@ -382,13 +386,17 @@ class TreeOperations(pyfuse3.Operations):
         self.counters.skipped += found.skipped
         if found.skipped:
             log.info("%d entries of %r cannot be listed", found.skipped, entry.identity)
-        if found.error is not None:
-            if not found.children:
-                raise found.error
-            self.report_bug(found.error, f"the listing of {entry.identity!r}")
-        else:
-            for parent, name in self.inodes.vanished(entry, {name for name, _ in found.children}):
-                self._invalidate(parent, name)
+        error = found.take_error()
+        try:
+            if error is None:
+                for parent, name in self.inodes.vanished(entry, {name for name, _ in found.children}):
+                    self._invalidate(parent, name)
+            elif found.children:
+                self.report_bug(error, f"the listing of {entry.identity!r}")
+            else:
+                raise error
+        finally:
+            del error
         return found.children
 
     async def _blocking_attributes(
@@ -433,19 +441,26 @@ class TreeOperations(pyfuse3.Operations):
             node = entry.node
             try:
                 attributes = (waited and waited.get(id(child))) or node.attributes()
-                if isinstance(attributes, Exception):
-                    raise attributes
-                shown = self._show(entry, attributes, node.timeout)
-            except (NotFoundError, FileNotFoundError, ProcessLookupError):
+                if isinstance(attributes, Exception):  # never raised: it would hold this frame, which holds it
+                    shown = self._show_despite(attributes, entry)
+                else:
+                    shown = self._show(entry, attributes, node.timeout)
+            except Exception as error:
+                shown = self._show_despite(error, entry)
+            if shown is None:
                 self.inodes.forget(entry.inode, 1)
                 continue
-            except Exception as error:
-                if errno_table.is_bug(error):
-                    self.report_bug(error, f"the attributes of {node.identity!r}")
-                shown = self._show(entry, only_type(node), 0.0)
             if not reply(token, name, shown, position):
                 self.inodes.forget(entry.inode, 1)
                 break
+
+    def _show_despite(self, error: Exception, entry: Entry) -> EntryAttributes | None:
+        """The type alone of a child whose attributes failed; None where it has vanished."""
+        if isinstance(error, NotFoundError | FileNotFoundError | ProcessLookupError):
+            return None
+        if errno_table.is_bug(error):
+            self.report_bug(error, f"the attributes of {entry.node.identity!r}")
+        return self._show(entry, only_type(entry.node), 0.0)
 
     async def releasedir(self, fh: int) -> None:
         """The directory is closed."""
@@ -480,6 +495,14 @@ class TreeOperations(pyfuse3.Operations):
         self._handles[number] = Handle(node, file)
         return FileInfo(fh=number, direct_io=file.direct_io, keep_cache=file.keep_cache)
 
+    def _withdraw(self, fh: int | None = None) -> None:
+        """Answer nothing any more by the shortcut of that handle; of all where a target may have been closed."""
+        if self.shortcuts is not None:
+            if fh is None:
+                self.shortcuts.withdraw_all()
+            else:
+                self.shortcuts.withdraw(fh)
+
     def handle(self, fh: int) -> Handle:
         """An open file; OSError(EBADF) where there is none."""
         if fh not in self._handles:
@@ -512,6 +535,8 @@ class TreeOperations(pyfuse3.Operations):
             counters = self.counters
             counters.reads += 1
             counters.bytes_read += length
+            if handle.shortened and self.shortcuts is not None and not handle.spoilt:
+                self.shortcuts.offer(fh, handle.file)
             return data  # type: ignore[return-value]  # pyfuse3 takes any contiguous buffer
         except FUSEError:
             raise
@@ -575,6 +600,7 @@ class TreeOperations(pyfuse3.Operations):
         """
         self.watchdog.enter()
         try:
+            self._withdraw(fh)
             self._handles.pop(fh).file.release()
         finally:
             self.watchdog.leave()

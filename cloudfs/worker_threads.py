@@ -30,17 +30,52 @@ SCRATCHES_KEPT = 8
 
 
 class _Call(Generic[T]):
-    """Whether the caller still waits; the thread and the caller agree on who disposes of the result."""
+    """What came of a function in a thread; the thread and the caller agree on who disposes of its result.
 
-    __slots__ = ("_first", "result")
-    result: T
+    An error is handed over as well, never raised in the thread: trio would leave it in a cycle with the frames that
+    it came through, and all they hold, an open file of a target among it, would wait for the garbage collector.
+    """
+
+    __slots__ = ("_error", "_first", "_result")
+    _result: T
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
+        self._error: BaseException | None = None
 
     def claim(self, who: str) -> bool:
         """True for whoever comes first; `dict.setdefault` is atomic."""
         return self._first.setdefault("first", who) == who
+
+    def make(self, function: Callable[[], T], discard: Callable[[T], object] | None) -> None:
+        """Call it, in the thread; a result that nobody waits for any more is given to `discard`."""
+        try:
+            self._result = function()
+        except BaseException as error:
+            self._error = error
+            if not self.claim("thread"):
+                self._error = None
+            return
+        if not self.claim("thread") and discard is not None:
+            discard(self._result)
+
+    def result(self) -> T:
+        """What the function gave; raises what it raised. To be asked once: nothing is kept."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._result
+        finally:
+            del error
+            if hasattr(self, "_result"):
+                del self._result
+
+    def dispose(self, discard: Callable[[T], object] | None) -> None:
+        """Let go of what came: the caller has gone."""
+        error, self._error = self._error, None
+        if error is None and discard is not None:
+            discard(self._result)
 
 
 def new_scratch(size: int = SCRATCH_SIZE) -> memoryview:
@@ -104,23 +139,18 @@ class WorkerThreads:
             raise TargetTimeoutError(f"{what} was not begun: {WAITING_PER_GROUP} requests wait for the same target")
         call = _Call[T]()
 
-        def work() -> T:
-            call.result = function()
-            if not call.claim("thread") and discard is not None:
-                discard(call.result)
-            return call.result
-
         try:
             with trio.fail_after(self.timeout):
-                return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+                await trio.to_thread.run_sync(call.make, function, discard, abandon_on_cancel=True, limiter=limiter)
+            return call.result()
         except trio.TooSlowError:
             if not call.claim("caller"):
-                return call.result
+                return call.result()
             self.abandoned += 1
             raise TargetTimeoutError(f"{what} did not answer within {self.timeout:g} s") from None
         except trio.Cancelled:
-            if not call.claim("caller") and discard is not None:
-                discard(call.result)
+            if not call.claim("caller"):
+                call.dispose(discard)
             raise
         finally:
             if not limiter.borrowed_tokens and not limiter.statistics().tasks_waiting:
