@@ -1,6 +1,7 @@
 """A FUSE file system that stops answering, in a process of its own: `python dead_filesystem.py FOLDER`.
 
-Two files, `cached` and `direct`, of 16 MiB each; the first mebibyte is answered at once, the rest never.
+Two files, `cached` and `direct`, of 16 MiB each; the first mebibyte is answered at once, the rest never. A third one,
+`closed`, is never opened: who tries waits for ever. So does who looks up any other name but `missing`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 SIZE = 16 << 20
 ANSWERED = 1 << 20
-NAMES = (b"cached", b"direct")
+NAMES = (b"cached", b"direct", b"closed")
 MNT_FORCE, MNT_DETACH = 1, 2
 
 
@@ -92,11 +93,15 @@ def main() -> None:
             return self._attributes(inode)
 
         async def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
-            if name not in NAMES:
+            if name == b"missing":
                 raise pyfuse3.FUSEError(2)
+            if name not in NAMES:
+                await trio.sleep_forever()
             return self._attributes(2 + NAMES.index(name))
 
         async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
+            if NAMES[inode - 2] == b"closed":
+                await trio.sleep_forever()
             direct = NAMES[inode - 2] == b"direct"
             return pyfuse3.FileInfo(fh=inode, direct_io=direct, keep_cache=True)
 

@@ -12,8 +12,11 @@ from cloudfs.nodes.directories import ContextDirectory, EntryDirectory
 from cloudfs.nodes.files.control import ControlFile
 from cloudfs.nodes.kept import KEPT
 from engine import chain, registry
-from engine.errors import InvalidArgumentError
+from engine.errors import InvalidArgumentError, TargetBusyError
 from engine.machine import Kind
+
+OPENINGS = 12
+"""Targets that may be opened at a time. Each holds a thread of `new`; the few that are left answer and refuse."""
 
 
 class InstanceDirectory(EntryDirectory[InstanceContext]):
@@ -80,6 +83,9 @@ class InstancesDirectory(ContextDirectory[TreeContext]):
         command = chain.parse_command(line)
         if command.name in self.entries.names():
             raise InvalidArgumentError(f"{command.name!r} cannot name an instance: it stands in the tree already")
+        waiting = self.context.machine.openings(self.kind)
+        if len(waiting) >= OPENINGS:
+            raise TargetBusyError(f"{command.name} is not opened while {len(waiting)} others are; {waiting[0]}")
         instance = self.context.machine.run(self.kind, line)
         word = "connector" if self.kind == "connector" else "os"
         return f"{word}/{instance.name} is open"
@@ -104,3 +110,5 @@ class InstancesDirectory(ContextDirectory[TreeContext]):
         for instance in self.context.machine.instances(self.kind):
             stands = f" on {instance.parent.name}" if instance.parent is not None else ""
             yield f"  {instance.name:<12} {instance.spec}{stands}"
+        for opening in self.context.machine.openings(self.kind):
+            yield f"  {opening}: {opening.spec}"

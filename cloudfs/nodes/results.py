@@ -25,6 +25,8 @@ class Results:
         self._lock = threading.Lock()
         self._running: list[Result] = []
         self.last: Result | None = None
+        self.writers = 0
+        """Descriptors that were opened for writing so far."""
 
     def begin(self, line: str) -> Result:
         """Note that a command was begun."""

@@ -14,105 +14,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dead_filesystem import ANSWERED, abort, dead_filesystem, guarded
 from mounting import Mount, is_mounted, mounted
+from patience import client, outcome, read_at, responsive
 
 LIMIT = 80
-SLOWEST = 2.0
-"""Seconds that a listing of the root may take on a noisy machine; it takes 1 ms, and a loop that hangs 10 s."""
-
-PROBER = """
-import os, sys, threading, time
-worst, count, stop = 0.0, 0, threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-print("ready", flush=True)
-while not stop.wait(0.005):
-    began = time.monotonic()
-    os.listdir(sys.argv[1])
-    worst, count = max(worst, time.monotonic() - began), count + 1
-print(worst, count)
-"""
-
-
-@contextlib.contextmanager
-def responsive(mount: Mount) -> Iterator[None]:
-    """`ls` of the root answers throughout."""
-    prober = subprocess.Popen(
-        [sys.executable, "-c", PROBER, str(mount.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert prober.stdout is not None
-        assert prober.stdout.readline() == "ready\n"
-        yield
-        said, _ = prober.communicate(timeout=30)
-    finally:
-        prober.kill()
-        prober.communicate(timeout=10)
-    worst, count = said.split()
-    assert float(worst) < SLOWEST, f"a listing of the root took {worst} s"
-    assert int(count) > 0
-
-
-CLIENT = """
-import ctypes, mmap, os, signal, sys, threading
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [
-    ctypes.c_long]
-def map_file(path, size, offset=0):
-    descriptor = os.open(path, os.O_RDONLY)
-    return libc.mmap(None, size, 1, 2, descriptor, offset)  # PROT_READ, MAP_PRIVATE
-secret = ctypes.create_string_buffer(b"a known secret")
-folder = sys.argv[1]
-"""
-
-
-@contextlib.contextmanager
-def client(code: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that runs `code` after CLIENT and stays; with the numbers that it has printed."""
-    code = f"{CLIENT}\n{code}\nprint(ctypes.addressof(secret), *said, flush=True)\nsys.stdin.read()\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield process, [int(word) for word in process.stdout.readline().split()]
-    finally:
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs ends once the connection is aborted
-            process.wait(5)
-
-
-def outcome(act: Callable[[], object], limit: float = 30) -> object:
-    """What `act` gives, or the errno that it raises; in a thread, given up after `limit` seconds."""
-    found: list[object] = []
-
-    def run() -> None:
-        try:
-            found.append(act())
-        except OSError as error:
-            found.append(error.errno)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit)
-    assert found, f"no answer after {limit} s"
-    return found[0]
-
-
-def read_at(path: Path, size: int, offset: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
-
 
 def look_at_all(directory: Path, address: int) -> dict[str, object]:
     """What reading everything of a process comes to."""

@@ -6,10 +6,15 @@ has a buffer of its own; what has no newline runs when the descriptor is closed.
 those up to a failing one count as written; the failing one gives its errno, and from then on the descriptor
 repeats it and runs nothing (Python writes a failed line twice). Empty lines and those that begin with `#` are
 ignored, and all that is printed here begins with `#`: an editor may write it back.
+
+While a write runs, the kernel holds the lock of the inode and every other write, and open with O_TRUNC, waits for it
+(fuse_direct_write_iter in fs/fuse/file.c, do_truncate in fs/open.c), though it be for a target that never answers.
+So whoever opens the file for writing takes its inode with him: the name leads to another from then on.
 """
 
 from __future__ import annotations
 
+import os
 import stat as st
 import threading
 import time
@@ -21,7 +26,7 @@ from cloudfs.nodes.contexts import TreeContext
 from cloudfs.nodes.results import Result, Results
 from cloudfs.render import escape_terminal
 from engine.chain import LINE_LIMIT
-from engine.errors import EngineError, InvalidArgumentError, TargetBusyError
+from engine.errors import EngineError, InvalidArgumentError, TargetTimeoutError
 from engine.machine import Kind
 
 Run = Callable[[str], str]
@@ -31,16 +36,16 @@ Run = Callable[[str], str]
 class ControlFile(File):
     """A file that takes commands; `usage` gives the lines that stand above the result."""
 
-    __slots__ = ("_identity", "_kind", "_run", "_tree", "_usage")
+    __slots__ = ("_group", "_identity", "_results", "_run", "_usage")
 
     takes_commands: ClassVar[bool] = True
 
     def __init__(self, tree: TreeContext, kind: Kind, run: Run, usage: Callable[[], Iterator[str]]) -> None:
-        self._tree = tree
-        self._kind = kind
         self._run = run
         self._usage = usage
-        self._identity = ("new", kind, tree.key)
+        self._results = tree.results[kind]
+        self._group = ("new", kind, tree.key)
+        self._identity = (self._group, self._results.writers)
 
     @property
     def identity(self) -> Hashable:
@@ -50,7 +55,12 @@ class ControlFile(File):
     @property
     def thread_group(self) -> Hashable:
         """See `Node.thread_group`."""
-        return self._identity
+        return self._group
+
+    @property
+    def timeout(self) -> float:
+        """See `Node.timeout`: the name is looked up whenever it is used."""
+        return 0.0
 
     def attributes(self) -> Attributes:
         """See `Node.attributes`. The size is 0: what stands in it depends on who reads."""
@@ -58,7 +68,9 @@ class ControlFile(File):
 
     def open(self, flags: int) -> OpenFile:
         """See `File.open`."""
-        return OpenControl(self._run, self._usage, self._tree.results[self._kind])
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._results.writers += 1
+        return OpenControl(self._run, self._usage, self._results)
 
 
 class OpenControl(OpenFile):
@@ -89,9 +101,13 @@ class OpenControl(OpenFile):
         return self._text[offset : offset + size]
 
     def write(self, offset: int, data: bytes) -> int:
-        """See `OpenFile.write`. Raises what a command raises; TargetBusyError while one still runs."""
+        """See `OpenFile.write`. Raises what a command raises.
+
+        TargetTimeoutError while one still runs: the kernel sends one write at a time, so that one was given up, and
+        whoever writes again what was not taken (Python, when it closes) gets the same errno again.
+        """
         if not self._at_work.acquire(blocking=False):
-            raise TargetBusyError("the last command written to this descriptor still runs")
+            raise TargetTimeoutError("the last command written to this descriptor still runs")
         try:
             return self._take(data)
         finally:

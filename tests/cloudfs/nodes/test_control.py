@@ -14,7 +14,7 @@ from engine.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     PluginError,
-    TargetBusyError,
+    TargetTimeoutError,
 )
 from engine.machine import Machine
 
@@ -204,7 +204,7 @@ def test_reading_shows_a_command_that_runs():
     assert begun.wait(10)
     assert "running for 0 s: vm slow" in content(writer)
     assert "running for 0 s: vm slow" in content(OpenControl(run, lambda: iter(()), results))
-    with pytest.raises(TargetBusyError):
+    with pytest.raises(TargetTimeoutError):
         writer.write(0, b"x dummy\n")
     writer.flush()
     go_on.set()
