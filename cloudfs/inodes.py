@@ -67,6 +67,9 @@ class InodeTable:
     def __len__(self) -> int:
         return len(self._by_inode)
 
+    def __contains__(self, inode: int) -> bool:
+        return inode in self._by_inode
+
     def entry(self, inode: int) -> Entry:
         """The entry of an inode. Raises NotFoundError where the kernel was never told of it."""
         try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.errors import InvalidArgumentError, UnsupportedError
+from engine.leases import Lease
 
 
 @dataclass(slots=True)
@@ -147,6 +148,8 @@ class OpenFile(ABC):
     """Live bytes: the kernel keeps none of them."""
     keep_cache: bool = False
     """Immutable bytes: the kernel may keep them over closing and opening."""
+    lease: Lease | None = None
+    """With `keep_cache`: they are immutable only for as long as it is held. The boundary sees to what follows."""
 
     @property
     def may_block(self) -> bool:

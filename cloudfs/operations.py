@@ -35,6 +35,7 @@ from pyfuse3 import (
 from cloudfs import errno_table
 from cloudfs.bug_log import BugLog
 from cloudfs.inodes import DEFAULT_BOUND, Entry, InodeTable
+from cloudfs.leased_files import Expired, LeasedFiles
 from cloudfs.listing import attributes_of, only_type, snapshot
 from cloudfs.node import (
     NAME_MAX,
@@ -51,6 +52,7 @@ from cloudfs.shortcuts import Shortcuts
 from cloudfs.watchdog import Watchdog
 from cloudfs.worker_threads import SCRATCH_SIZE, ScratchPool, WorkerThreads, new_scratch
 from engine.errors import InvalidArgumentError, NotFoundError, ReadOnlyError, TargetTimeoutError
+from engine.leases import Lease
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ class TreeOperations(pyfuse3.Operations):
         watchdog: Watchdog | None = None,
         inode_bound: int | None = DEFAULT_BOUND,
         invalidate: Invalidate | None = None,
+        invalidate_inode: Callable[[int], object] = pyfuse3.invalidate_inode,
         readdir_reply: ReaddirReply = pyfuse3.readdir_reply,
         reraise: bool = False,
     ) -> None:
@@ -175,6 +178,7 @@ class TreeOperations(pyfuse3.Operations):
         self._readdir_reply = readdir_reply
         self._reraise = reraise
         self._handles: dict[int, Handle] = {}
+        self._leased = LeasedFiles(self._expire, invalidate_inode, self.inodes.__contains__)
         self._listings: dict[int, Listing] = {}
         self._last_handle = 0
         self._scratch = new_scratch()
@@ -490,6 +494,8 @@ class TreeOperations(pyfuse3.Operations):
         file = await self.call(node, "open", functools.partial(node.open, flags), RELEASE)
         if not isinstance(file, OpenFile):
             raise BrokenNodeError(f"{_name(node)} opened as {file!r:.80}, which is no OpenFile")
+        if file.lease is not None and not self._leased.add(file.lease, inode):
+            file.lease, file.direct_io, file.keep_cache = None, True, False
         self._last_handle += 1
         number = self._last_handle | FLUSHED if node.takes_commands else self._last_handle
         self._handles[number] = Handle(node, file)
@@ -502,6 +508,12 @@ class TreeOperations(pyfuse3.Operations):
                 self.shortcuts.withdraw_all()
             else:
                 self.shortcuts.withdraw(fh)
+
+    def _expire(self, lease: Lease) -> None:
+        """No handle that was opened to be cached while `lease` was held gives the kernel anything any more."""
+        for handle in self._handles.values():
+            if handle.file.lease is lease:
+                handle.file = Expired(handle.file)
 
     def handle(self, fh: int) -> Handle:
         """An open file; OSError(EBADF) where there is none."""
@@ -609,6 +621,7 @@ class TreeOperations(pyfuse3.Operations):
         """Release what is still open: the mount has ended."""
         handles, self._handles = self._handles, {}
         self._listings.clear()
+        self._leased.close()
         for handle in handles.values():
             try:
                 handle.file.release()

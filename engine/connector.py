@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from engine.errors import UnsupportedError
+from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MemoryMap
 from engine.oslayer import Options, OsLayer
@@ -65,6 +66,11 @@ class Connector(ABC):
     @abstractmethod
     def info(self) -> ConnectorInfo:
         """Kind, target, sizes, live, writable, notes."""
+
+    @property
+    def lease(self) -> Lease | None:
+        """What `info.live` being false hangs on: it turns true when this ends. None: it never changes."""
+        return None
 
     def hints(self) -> TargetHints:
         """What the source knows now of the machine in it."""

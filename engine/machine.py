@@ -33,6 +33,7 @@ from engine.errors import (
     TargetBusyError,
     UnsupportedError,
 )
+from engine.leases import Lease
 from engine.memory import Memory
 from engine.oslayer import Base, OsLayer, Process
 
@@ -74,7 +75,7 @@ class Instance:
     current_connector: Connector | None = None
     memory_view: Memory | None = None
     """Of a connector: its memory behind the middleware."""
-    live: bool = False
+    opened_live: bool = False
     writable: bool = False
     children: list[Instance] = field(default_factory=list)
     generation: int = 1
@@ -89,6 +90,18 @@ class Instance:
     def identity(self) -> tuple[str, str, float, int]:
         """Tells this opening from any other, also of one name and after a reopening."""
         return self.kind, self.name, self.opened_at, self.generation
+
+    @property
+    def lease(self) -> Lease | None:
+        """What it hangs on that nothing changes, its own or of what it stands on; None: on nothing that could end."""
+        connector, parent = self.current_connector, self.parent
+        own = None if connector is None else connector.lease
+        return parent.lease if own is None and parent is not None else own
+
+    @property
+    def live(self) -> bool:
+        """Whether it may change from one moment to the next; may turn true while it is open, and stays so."""
+        return self.opened_live or ((lease := self.lease) is not None and not lease.held)
 
     @property
     def layer(self) -> OsLayer:
@@ -335,7 +348,7 @@ class Machine:
             info = opened.info
             failed.pop_all()
         made = Instance("connector", opening.name, spec, opening.parent, None, opened, memory)
-        made.live, made.writable = info.live, info.writable
+        made.opened_live, made.writable = info.live, info.writable
         return made
 
     def _stand_on_default(self, opening: Opening, plugin: str) -> Instance | None:
@@ -381,13 +394,13 @@ class Machine:
         except BaseException:
             layer.close()
             raise
-        return Instance("oslayer", opening.name, spec, parent, layer, live=info.live, writable=info.writable)
+        return Instance("oslayer", opening.name, spec, parent, layer, opened_live=info.live, writable=info.writable)
 
     def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
         if parent is None:
             return Base(target=spec.target, writable=self.writable, live=True)
         hints = parent.connector.hints()
-        return Base(parent.memory, hints, spec.target, parent.writable, parent.live)
+        return Base(parent.memory, hints, spec.target, parent.writable, parent.live, parent.lease)
 
     def _recognise(self, opening: Opening) -> Instance:
         parent, spec = opening.parent, opening.spec
@@ -457,7 +470,7 @@ class Machine:
                 else:
                     old = [one for one in (instance.current_layer, instance.current_connector) if one is not None]
                     instance.current_layer, instance.current_connector = fresh.current_layer, fresh.current_connector
-                    instance.memory_view, instance.live = fresh.memory_view, fresh.live
+                    instance.memory_view, instance.opened_live = fresh.memory_view, fresh.opened_live
                     instance.generation += 1
                     instance.forget()
             _close_all(old)

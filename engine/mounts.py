@@ -64,6 +64,21 @@ def shared_memory_device() -> tuple[int, int]:
     return os.major(device), os.minor(device)
 
 
+def filesystem_of(descriptor: int) -> str | None:
+    """The filesystem type of the mount through which a file was opened; None where it is none that is seen here.
+
+    By the mount's number (proc_pid_fdinfo(5)): of a subvolume the device number tells nothing, and memory that
+    programs share (memfd, System V) lies on mounts of the kernel's own.
+    """
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
+        number = re.search(rb"^mnt_id:\s*(\d+)$", file.read(), re.MULTILINE)
+    if number is None:
+        return None
+    with open("/proc/self/mountinfo", "rb") as file:
+        found = re.search(rb"^%s \d+ .*? - (\S+)" % number[1], file.read(), re.MULTILINE)
+    return None if found is None else found[1].decode("ascii", "replace")
+
+
 def backing_of_file(descriptor: int) -> Backing:
     """How reading this open file behaves."""
     status = os.fstat(descriptor)

@@ -10,7 +10,7 @@ To add an OS layer:
 4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.oslayers`.
 5. Run `engine.testing.check_oslayer` on it; the suite in `tests/engine` picks it up from the registry.
 
-Freshness has one owner: where `Base.live` is true nothing read outlives the operation that read it; the
+Freshness has one owner: where `Base.may_cache` is false nothing read outlives the operation that read it; the
 lists of processes are kept for a second by `Instance`, not here.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self, TypeVar
 
 from engine.errors import NotFoundError
+from engine.leases import Lease
 from engine.memory import Memory
 from engine.types import (
     ExportInfo,
@@ -48,6 +49,14 @@ class Base:
     target: str = ""
     writable: bool = False
     live: bool = False
+    """As it was when it was opened."""
+    lease: Lease | None = None
+    """What it hangs on that it is not live."""
+
+    @property
+    def may_cache(self) -> bool:
+        """Whether what was read stays true; may turn false while it is open, and stays so: ask each time."""
+        return not self.live and (self.lease is None or self.lease.held)
 
 
 class Capable:

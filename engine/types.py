@@ -219,6 +219,8 @@ class ConnectorInfo:
     writable: bool
     notes: tuple[str, ...] = ()
     """Sentences for a person: what was guessed, what is missing."""
+    freshness: str | None = None
+    """Why it is taken for live or immutable, where that was not plain: a clause for a person."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.mounts": (),
     "engine.numbers": ("engine.errors",),
     "engine.memory": ("engine.types", "engine.errors"),
-    "engine.file_memory": ("engine.memory", "engine.mounts"),
+    "engine.leases": ("engine.mounts",),
+    "engine.file_memory": ("engine.memory", "engine.middleware", "engine.leases"),
     "engine.memory_map": ("engine.memory",),
     "engine.middleware": ("engine.memory",),
     "engine.formats": (),
@@ -32,7 +33,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.translate.bulk": ("engine.translate.mmu",),
     "engine.translate.virtual": ("engine.translate.bulk", "engine.translate.modes"),
     "engine.translate.*": ("engine.translate.mmu",),
-    "engine.oslayer": ("engine.memory_map",),
+    "engine.oslayer": ("engine.memory_map", "engine.leases"),
     "engine.connector": ("engine.oslayer",),
     "engine.connectors": (),
     "engine.connectors.*": (
@@ -53,7 +54,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs": (),
     "cloudfs.render": ("cloudfs.render.*",),
     "cloudfs.render.*": ("engine", "engine.*", "cloudfs.render.*"),
-    "cloudfs.node": ("engine.errors",),
+    "cloudfs.node": ("engine.errors", "engine.leases"),
     "cloudfs.entries": ("cloudfs.node", "engine", "engine.*"),
     "cloudfs.nodes": (),
     "cloudfs.nodes.*": ("cloudfs.entries", "cloudfs.render", "cloudfs.nodes", "cloudfs.nodes.*"),
@@ -65,12 +66,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.shim": (),
     "cloudfs.seeking": ("cloudfs.operations",),
     "cloudfs.doctor": ("cloudfs.mount",),
+    "cloudfs.leased_files": ("cloudfs.node",),
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
     "cloudfs.bug_log": ("cloudfs.node",),
     "cloudfs.operations": (
         "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
-        "cloudfs.bug_log", "cloudfs.shim",
+        "cloudfs.bug_log", "cloudfs.shim", "cloudfs.leased_files",
     ),
     "cloudfs.mount": ("cloudfs.seeking", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
     "cloudfs.daemon": ("engine.errors",),
@@ -86,7 +88,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 FUSE = {
     "cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads", "cloudfs.seeking",
-    "cloudfs.doctor",
+    "cloudfs.doctor", "cloudfs.leased_files",
 }  # fmt: skip
 """Only these import pyfuse3 and trio, what runs blocking work among them: the rest must not pay for them."""
 

@@ -107,6 +107,7 @@ def connector_record(info: ConnectorInfo) -> Record:
         "size": info.size,
         "real_size": info.real_size,
         "live": info.live,
+        "freshness": info.freshness,
         "writable": info.writable,
         "notes": list(info.notes),
     }

@@ -5,6 +5,11 @@
     raw:memory.img:map=memory.toml    ranges with base, length, real_base (see memory_map)
 
 The file may be sparse, may grow and shrink, and may be a block device.
+
+It counts as immutable, so that its pages may be cached and mapped, for as long as a read lease on it is held: nobody
+else has it open for writing, and whoever is about to waits until nothing of it is cached. `info` says whether that is
+so. Without a lease (the file of another user, a network filesystem, a running guest's memory) and from its end on it
+is live; `immutable=yes` and `live=yes` decide it whatever others do.
 """
 
 from __future__ import annotations
@@ -13,10 +18,10 @@ from typing import Self
 
 from engine.connector import Connector
 from engine.errors import InvalidArgumentError, NotFoundError, UnusableTargetError
-from engine.file_memory import FileMemory
+from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
-from engine.middleware import truth
 from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
 from engine.types import ADDRESS_SPACE, ConnectorInfo
@@ -47,7 +52,7 @@ class RawConnector(Connector):
     options_help = {
         "base": "physical address of the file's first byte (0)",
         "map": "a TOML file of ranges: base, length, real_base",
-        "immutable": "yes: nobody changes the file, its pages may be cached and mapped (no)",
+        **FRESHNESS_HELP,
     }
 
     def __init__(self, file: FileMemory, memory: Memory, memory_map: MemoryMap | None, base: int) -> None:
@@ -68,11 +73,7 @@ class RawConnector(Connector):
         base = parse_number(options.get("base", "0"), "base=")
         if base >= ADDRESS_SPACE:
             raise InvalidArgumentError(f"base={base:#x} is no 64-bit address")
-        immutable = truth("immutable", options.get("immutable", "no"))
-        try:
-            file = FileMemory(target, writable=writable, immutable=immutable)
-        except FileNotFoundError:
-            raise NotFoundError(f"there is no file {target!r}") from None
+        file = open_image(target, options, writable=writable)
         if not file.size:
             raise UnusableTargetError(f"{target} is empty: there is no memory in it")
         if "map" in options:
@@ -106,7 +107,13 @@ class RawConnector(Connector):
             live=not self._file.immutable,
             writable=self._file.writable,
             notes=tuple(notes),
+            freshness=self._file.freshness,
         )
+
+    @property
+    def lease(self) -> Lease | None:
+        """See `Connector.lease`."""
+        return self._file.lease
 
     def close(self) -> None:
         """See `Connector.close`."""

@@ -19,6 +19,7 @@ from cloudfs.nodes.contexts import Context, Owner
 from cloudfs.nodes.files import holes
 from engine.connector import Connector
 from engine.errors import ConnectorClosedError, FaultError, ReadOnlyError
+from engine.leases import Lease
 from engine.machine import Instance
 from engine.memory import Memory
 from engine.oslayer import OsLayer
@@ -112,9 +113,19 @@ class MemoryFile(File):
         return self._context.thread_group
 
     @property
+    def _cached(self) -> bool:
+        """Whether the kernel may keep the bytes: no longer where the target has turned live."""
+        return self._immutable and not self._context.live
+
+    @property
+    def _lease(self) -> Lease | None:
+        instance = self._context.instance
+        return None if instance is None else instance.lease
+
+    @property
     def timeout(self) -> float:
         """See `Node.timeout`."""
-        return IMMUTABLE_TIMEOUT if self._immutable else 1.0
+        return IMMUTABLE_TIMEOUT if self._cached and self._lease is None else 1.0
 
     def attributes(self) -> Attributes:
         """See `Node.attributes`. One block is missing, else cp and tar do not ask for holes."""
@@ -135,8 +146,8 @@ class MemoryFile(File):
         assert self._context.instance is not None, "memory belongs to an instance"
         opening = Opening.of(self._context.instance)
         file = (OpenWhole if self._whole else OpenExact)(opening, self._opener(), writable=writes)
-        if self._immutable:
-            file.direct_io, file.keep_cache = False, True
+        if self._cached:
+            file.direct_io, file.keep_cache, file.lease = False, True, self._lease
         return file
 
 

@@ -269,7 +269,7 @@ def test_phys_mem_of_a_file_that_grows_grows(image):
 
 def test_what_cannot_change_may_be_cached_and_what_lives_may_not(image):
     with Machine() as machine:
-        machine.open("connector", Spec("raw", str(image)), name="live")
+        machine.open("connector", Spec("raw", str(image), {"live": "yes"}), name="live")
         machine.open("connector", Spec("raw", str(image), {"immutable": "yes"}), name="dump")
         root = build_root(machine)
         live, dump = open_at(root, "connector/live/phys_mem"), open_at(root, "connector/dump/phys_mem")

@@ -36,7 +36,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def context():
-    instance = Instance("oslayer", "x", Spec("x"), None, live=True)
+    instance = Instance("oslayer", "x", Spec("x"), None, opened_live=True)
     instance.current_layer = object()
     return InstanceContext.of(instance)
 
@@ -187,7 +187,7 @@ def test_nothing_over_a_live_target_is_kept_longer_than_a_second(context):
 def test_what_cannot_change_is_kept_for_good(context):
     clock = Clock()
     store = Kept(clock=clock)
-    context.instance.live = False
+    context.instance.opened_live = False
     first = store.get(context.instance, "key", object)
     clock.now += 1e6
     assert store.get(context.instance, "key", object) is first
