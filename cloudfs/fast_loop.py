@@ -15,11 +15,13 @@ import logging
 import os
 import select
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
 import trio
+
+from cloudfs.shim import READY, USED
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +120,37 @@ def make_wait_readable(wait: WaitReadable, spin: float = 0.0) -> WaitReadable:
     return wait_readable
 
 
-def hooked_trio(spin: float = 0.0) -> ModuleType:
+def make_eager_wait(
+    wait: WaitReadable, words: Sequence[int], came: Callable[[], object], count: Callable[[], object]
+) -> WaitReadable:
+    """A `wait_readable` for a shim that receives without waiting: it returns at once where that may bring something.
+
+    The shim polls, spins and gives others their turn by itself, and says in `words` how it went: no request, or other
+    tasks' turn, is not `READY`. `came` is called when one comes after that, `count` after it answered any by itself.
+    """
+    deadline = 0.0
+    clock = time.perf_counter
+
+    async def wait_readable(fd: int) -> None:
+        nonlocal deadline
+        if words[USED]:
+            count()
+        if words[READY] and clock() < deadline:
+            return
+        await wait(fd)
+        came()
+        deadline = clock() + SLICE
+
+    return wait_readable
+
+
+def hooked_trio(spin: float = 0.0, replaced_wait: WaitReadable | None = None) -> ModuleType:
     """A copy of the trio module with the two primitives replaced."""
     copy, lowlevel = ModuleType("trio"), ModuleType("trio.lowlevel")
     copy.__dict__.update(trio.__dict__)
     lowlevel.__dict__.update(trio.lowlevel.__dict__)
-    replaced: dict[str, Any] = {"wait_readable": make_wait_readable(trio.lowlevel.wait_readable, spin)}
+    own = replaced_wait or make_wait_readable(trio.lowlevel.wait_readable, spin)
+    replaced: dict[str, Any] = {"wait_readable": own}
     lowlevel.__dict__.update(replaced)
     copy.__dict__.update(lowlevel=lowlevel, Lock=HandOverLock)
     return copy
@@ -193,9 +220,10 @@ class FastLoop:
     `reason` tells why it was not: the stock loop serves as well, at five times the CPU.
     """
 
-    def __init__(self, pyfuse3: ModuleType, spin: float = 0.0) -> None:
+    def __init__(self, pyfuse3: ModuleType, spin: float = 0.0, wait: WaitReadable | None = None) -> None:
         self._pyfuse3: Any = pyfuse3
         self._spin = spin
+        self._wait = wait
         self.reason: str | None = None
 
     async def __aenter__(self) -> FastLoop:
@@ -204,7 +232,7 @@ class FastLoop:
             module = hooked_trio(self._spin)
             if await behaves(module):
                 # A new one: the poller of the pipe that was tried must not live on under a reused number.
-                self._pyfuse3.trio = hooked_trio(self._spin)
+                self._pyfuse3.trio = hooked_trio(self._spin, self._wait)
             else:
                 self.reason = f"trio {trio.__version__} behaves differently"
         if self.reason is not None:

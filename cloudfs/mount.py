@@ -23,12 +23,13 @@ import trio
 
 from cloudfs import mountpoint as mountpoints
 from cloudfs import shim
-from cloudfs.fast_loop import FastLoop
+from cloudfs.fast_loop import FastLoop, WaitReadable, make_eager_wait
 from cloudfs.inodes import DEFAULT_BOUND
 from cloudfs.mountpoint import MountEntry, MountError
 from cloudfs.node import Directory
 from cloudfs.operations import Counters, Owner, TreeOperations
 from cloudfs.seeking import Seeks
+from cloudfs.shortcuts import Shortcuts
 from cloudfs.watchdog import Watchdog
 from engine.errors import EngineError, InvalidArgumentError
 
@@ -167,10 +168,11 @@ async def _serve(
         )
         stack.callback(operations.close)
         signals = stack.enter_context(_signals())
-        if options.fast_loop:
-            await stack.enter_async_context(FastLoop(pyfuse3, options.spin))
         seeks = stack.enter_context(_seeking(operations))
         stack.enter_context(connection.open(operations, where, words))
+        if options.fast_loop:
+            wait = _eager_wait(operations, options.spin)
+            await stack.enter_async_context(FastLoop(pyfuse3, options.spin, wait))
         stack.enter_context(watchdog)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
@@ -199,6 +201,17 @@ def _seeking(operations: TreeOperations) -> Iterator[Seeks | None]:
         yield seeks
     finally:
         found.end()
+
+
+def _eager_wait(operations: TreeOperations, spin: float) -> WaitReadable | None:
+    """What waits for requests where the shim answers some by itself; None where there is no shim, or not for this."""
+    found = shim.loaded()
+    if found is None or found.why_not() is not None or not found.hasten(spin):
+        return None
+    shortcuts = operations.shortcuts = Shortcuts(found, operations.counters)
+    operations.watchdog.shared = found.words[shim.SERVED : shim.BUSY + 1]
+    came = operations.watchdog.came
+    return make_eager_wait(trio.lowlevel.wait_readable, found.words, came, shortcuts.count)
 
 
 @contextlib.contextmanager

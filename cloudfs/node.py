@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from engine.errors import InvalidArgumentError, UnsupportedError
 from engine.leases import Lease
+from engine.types import Shortcut
 
 
 @dataclass(slots=True)
@@ -183,6 +184,16 @@ class OpenFile(ABC):
     def seek_nowait(self, offset: int, whence: int) -> int | None:
         """Like `seek`, but None where it might have to wait or is not simple: then `seek` is called in a thread."""
         return None
+
+    def shortcut(self) -> Shortcut | None:
+        """How its bytes are had without calling it, offset = address there; None where it has to be called.
+
+        What was read and written so is told to `count`.
+        """
+        return None
+
+    def count(self, reads: int, bytes_read: int, writes: int, bytes_written: int) -> None:
+        """So many were answered by the shortcut."""
 
     def flush(self) -> None:
         """close(2) of one of its descriptors, for files that take commands; an error is close(2)'s."""

@@ -475,7 +475,10 @@ class TreeOperations(pyfuse3.Operations):
         """Remove an instance, which may have to wait for its target."""
         directory = self._directory(self.inodes.entry(parent_inode))
         remove = functools.partial(directory.remove_child, os.fsdecode(name))
-        await self.in_thread(directory.thread_group, directory, "removal", remove)
+        try:
+            await self.in_thread(directory.thread_group, directory, "removal", remove)
+        finally:
+            self._withdraw()
 
     # -- files -------------------------------------------------------------------------------------------
 
@@ -577,7 +580,11 @@ class TreeOperations(pyfuse3.Operations):
             raise PermissionError(f"what is written was meant for a new file: {handle.node.identity!r} was not cut")
         if handle.file.may_block:
             write = functools.partial(handle.file.write, off, buf)
-            count = await self.in_thread(handle.group, handle.node, "write", write)
+            try:
+                count = await self.in_thread(handle.group, handle.node, "write", write)
+            finally:
+                if handle.commands:
+                    self._withdraw()
         else:
             self.watchdog.enter()
             try:
@@ -588,6 +595,8 @@ class TreeOperations(pyfuse3.Operations):
             raise BrokenNodeError(f"{_name(handle.node)} took {count!r:.80} of {len(buf)} bytes written")
         self.counters.writes += 1
         self.counters.bytes_written += count
+        if handle.shortened and self.shortcuts is not None:
+            self.shortcuts.offer(fh, handle.file)
         return count
 
     async def flush(self, fh: int) -> None:
@@ -602,7 +611,10 @@ class TreeOperations(pyfuse3.Operations):
 
     @guarded
     async def _flush(self, handle: Handle) -> None:
-        await self.in_thread(handle.group, handle.node, "flush", handle.file.flush)
+        try:
+            await self.in_thread(handle.group, handle.node, "flush", handle.file.flush)
+        finally:
+            self._withdraw()
 
     @guarded
     async def release(self, fh: int) -> None:
@@ -622,6 +634,7 @@ class TreeOperations(pyfuse3.Operations):
         handles, self._handles = self._handles, {}
         self._listings.clear()
         self._leased.close()
+        self._withdraw()
         for handle in handles.values():
             try:
                 handle.file.release()

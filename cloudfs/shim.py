@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from engine.types import Shortcut
+
 log = logging.getLogger(__name__)
 
 SWITCH = "CLOUDFS_SHIM"
@@ -54,6 +56,20 @@ _STATES = {
 }
 _SERVING = 1
 
+SHORTCUTS = 64
+READY, SERVED, BUSY, USED, COUNTS = range(5)
+_WRITABLE, _NOWAIT = 1, 2
+
+
+class _Way(ctypes.Structure):
+    """`struct shortcut` of the source."""
+
+    _fields_ = [
+        ("handle", ctypes.c_uint64), ("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("most", ctypes.c_uint64),
+        ("until", ctypes.c_int64), ("descriptor", ctypes.c_int32), ("pagemap", ctypes.c_int32),
+        ("pid", ctypes.c_int32), ("pidfd", ctypes.c_int32), ("flags", ctypes.c_int32),
+    ]  # fmt: skip
+
 
 class NoShimError(Exception):
     """The shim cannot be had; the text says why."""
@@ -74,6 +90,13 @@ class Shim:
         self.release: int = library.cloudfs_shim_release()
         """Of libfuse's headers: 314 is 3.14."""
         self._handler: object = None
+        self._hasten = library.cloudfs_shim_hasten
+        self._hasten.argtypes = [ctypes.c_int64]
+        self._set = ctypes.PyDLL(path).cloudfs_shim_set
+        self._set.argtypes, self._set.restype = [ctypes.POINTER(_Way)], None
+        shared = (ctypes.c_uint64 * (COUNTS + 4 * SHORTCUTS)).in_dll(library, "cloudfs_shim_words")
+        self.words: memoryview = memoryview(shared).cast("B").cast("Q")
+        """What both sides write: at `READY`, `SERVED`, `BUSY`, `USED`, and at `COUNTS` four for each shortcut."""
 
     def begin(self, handler: SeekHandler) -> None:
         """Have `handler` called, in the loop, for the session that is made next. It must raise nothing.
@@ -88,6 +111,26 @@ class Shim:
         """The session is over: those made from now on have no handler."""
         self._begin(_HANDLER())
         self._handler = None
+
+    def hasten(self, spin: float) -> bool:
+        """Have the session's requests received without waiting, and answered in C where `set` says how.
+
+        It polls for `spin` seconds after each. False where that cannot be: then all is as it was.
+        """
+        return bool(self._hasten(int(spin * 1e9)))
+
+    def set(self, handle: int, way: Shortcut | None, until: float = 0.0) -> None:
+        """Answer reads and writes of a handle so, `until` then (time.monotonic()); None: leave them to Python.
+
+        Handles are kept by their number modulo `SHORTCUTS`: another one there is forgotten.
+        """
+        if way is None:
+            self._set(_Way(handle=handle))
+            return
+        flags = _WRITABLE * way.writable | _NOWAIT * way.nowait
+        expires = int(min(way.until, until) * 1e9)
+        where = (way.descriptor, way.pagemap, way.pid, way.pidfd)
+        self._set(_Way(handle, way.base, way.size, way.most, expires, *where, flags))
 
     def reply(self, request: int, offset: int, error: int) -> None:
         """Answer a request, with `error` where that is not 0; from any thread."""

@@ -18,7 +18,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Watchdog:
         self.asleep = False
         self.fired = False
         self.limit = limit
+        self.shared: Sequence[int] = (0, 0)
+        """Requests that the shim answered by itself, and whether it is about one: further stamps."""
         self._abort = abort
         self._activity = activity
         self._awake = threading.Event()
@@ -77,6 +79,11 @@ class Watchdog:
         """Stamp its end."""
         self.left = self.entered
 
+    def came(self) -> None:
+        """Stamp that a request came, of which it is not known who answers it."""
+        self.enter()
+        self.leave()
+
     def wake(self) -> None:
         """Let the thread look, after it was `asleep`."""
         self.asleep = False
@@ -88,7 +95,7 @@ class Watchdog:
         seen = -1
         same = 0
         while not self._stop.is_set():
-            stamp, busy = self.entered, self.entered != self.left
+            stamp, busy = self._stamp(), self.entered != self.left or bool(self.shared[1])
             if stamp != seen:
                 seen, same = stamp, 0
             elif busy:
@@ -101,10 +108,13 @@ class Watchdog:
                 continue
             self._stop.wait(self.limit / LOOKS)
 
+    def _stamp(self) -> int:
+        return self.entered + self.shared[0]
+
     def _sleep(self, stamp: int) -> None:
         self._awake.clear()
         self.asleep = True
-        if self.entered != stamp or self._stop.is_set():  # meanwhile: nobody will wake us
+        if self._stamp() != stamp or self._stop.is_set():  # meanwhile: nobody will wake us
             self.asleep = False
             return
         self._awake.wait()

@@ -29,7 +29,7 @@ from engine.errors import (
     ReadOnlyFaultError,
     SourceFaultError,
 )
-from engine.types import ADDRESS_SPACE, Extent
+from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 Data = bytes | bytearray | memoryview
 Addresses = npt.NDArray[np.uint64]
