@@ -107,6 +107,8 @@ class MmuSpec:
     address_bits: int = 64
     ignored_bits: int = 0
     """Bits of an address that carry a tag (ARM's top byte): read as the half's own."""
+    elsewhere: Extent | None = None
+    """What another root translates of these, from one edge on (ARM's TTBCR cuts 4 GiB into 1 and 3)."""
     root: Parts = ((0x000F_FFFF_FFFF_F000, 0),)
     """Where in the register (CR3, TTBR, satp) the DTB stands; what is not in it (PCID, ASID, mode) is dropped."""
 
@@ -132,11 +134,16 @@ class MmuSpec:
         top = 1 << self.address_bits
         low = [Extent(0, 1 << self.low_bits)] if self.low_bits else []
         high = [Extent(top - (1 << self.high_bits), 1 << self.high_bits)] if self.high_bits else []
-        return tuple(low + high)
+        cut = self.elsewhere
+        if cut is None:
+            return tuple(low + high)
+        parts = [(max(one.start, cut.stop), one.stop) for one in low + high if one.start >= cut.start]
+        parts += [(one.start, min(one.stop, cut.start)) for one in low + high if one.start < cut.start]
+        return tuple(Extent(start, stop - start) for start, stop in sorted(parts) if start < stop)
 
     def canonical(self, address: int) -> int | None:
         """The address without its tag, or None where this mode does not translate it."""
-        if not 0 <= address < 1 << self.address_bits:
+        if not 0 <= address < 1 << self.address_bits or (self.elsewhere and address in self.elsewhere):
             return None
         low = address & ~self.ignored_bits
         if self.low_bits and low < 1 << self.low_bits:
@@ -189,9 +196,7 @@ def _check(spec: MmuSpec) -> None:
     for above, below in pairwise(spec.levels):
         if above.shift != below.shift + below.bits:
             raise wrong(f"the level above {below.shift} bits begins at {above.shift}")
-    top = spec.levels[0].shift + spec.levels[0].bits
-    if not 0 < max(spec.low_bits, spec.high_bits) <= min(top, spec.address_bits):
-        raise wrong(f"{top} bits are indexed, {spec.low_bits} low and {spec.high_bits} high ones translated")
+    _check_ranges(spec, wrong)
     for number, level in enumerate(spec.levels):
         last = number == len(spec.levels) - 1
         for kind in level.kinds:
@@ -204,6 +209,17 @@ def _check(spec: MmuSpec) -> None:
         for one, two in combinations(level.kinds, 2):
             if not (one.value ^ two.value) & one.mask & two.mask:
                 raise wrong(f"rows {one.name} and {two.name} of level {number} overlap")
+
+
+def _check_ranges(spec: MmuSpec, wrong: Callable[[str], InvalidArgumentError]) -> None:
+    """What `_check` says of the addresses that are translated."""
+    top = spec.levels[0].shift + spec.levels[0].bits
+    if not 0 < max(spec.low_bits, spec.high_bits) <= min(top, spec.address_bits):
+        raise wrong(f"{top} bits are indexed, {spec.low_bits} low and {spec.high_bits} high ones translated")
+    if spec.elsewhere:
+        edges = {edge for one in replace(spec, elsewhere=None).extents() for edge in (one.start, one.stop)}
+        if not edges & {spec.elsewhere.start, spec.elsewhere.stop} or not spec.extents():
+            raise wrong("what another root translates lies at no edge, or is all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +280,8 @@ class Walker:
         self.keep = keep
         self._size = spec.entry_size
         self._read = {1: physical.u8, 2: physical.u16, 4: physical.u32, 8: physical.u64, 16: physical.u128}[self._size]
-        top = 1 << spec.address_bits
-        high = top - (1 << spec.high_bits) if spec.high_bits else top
-        self._ranges = (1 << spec.low_bits if spec.low_bits else 0, high, top)
+        first, last = spec.extents()[0], spec.extents()[-1]
+        self._ranges = (0 if first.start else first.stop, last.start or last.stop, last.stop)
         self._levels = tuple(
             (level.shift, (1 << level.bits) - 1, tuple(row for row in (_plain(kind) for kind in level.kinds) if row))
             for level in spec.levels

@@ -1,16 +1,20 @@
 """The paging modes of x86: two-level, PAE, four and five levels; EPT and NPT for guests.
 
-Sources: Intel SDM vol. 3A chapter 4 (4.3 32-bit, 4.4 PAE, 4.5 4-level and 5-level; tables 4-4 … 4-20), vol. 3C
-28.3 (EPT); AMD64 manual vol. 2 chapter 5 and 15.25 (NPT). CR3 carries a PCID in bits 11:0 (4.10.1) and, where Linux
-isolates page tables, the choice between kernel's and user's table in bit 12, which only an OS layer can know;
-bit 63 of a value written to CR3 is no part of it. Bit 12 of a large page is PAT, not address.
-With EFER.NXE or CR4.PSE off some bits below mean nothing; no system of this century runs so.
+Sources: Intel SDM vol. 3A chapter 4 (4.3 32-bit, 4.4 PAE, 4.5 4-level and 5-level; tables 4-4 … 4-20), vol. 3C,
+«the extended page table mechanism (EPT)» (28.3; 29.3 in editions since 2022); AMD64 manual vol. 2 chapter 5 and
+15.25 (NPT). CR3 carries a PCID in bits 11:0 (4.10.1) and, where Linux isolates page tables, the choice between
+kernel's and user's table in bit 12, which only an OS layer can know; bit 63 of a value written to CR3 is no part of
+it. Bit 12 of a large page is PAT, not address. Bits that memory encryption takes from the address (AMD's C-bit,
+Intel's KeyID and TDX's shared bit) are taken away with `MmuSpec.without_bits`.
+Taken as given: EFER.NXE and CR4.PSE on, as on every system of this century; EPT without mode-based execute control
+(bit 10), SPP and supervisor shadow stacks. Global is read from the leaf alone, as the CPU does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.errors import FaultKind
 from engine.translate.mmu import EntryKind, FlagRow, Level, MmuSpec, RightRow
 from engine.types import PageFlags, Rights
 
@@ -87,9 +91,12 @@ X86_64_LA57 = replace(
 NPT = replace(
     X86_64, name="npt", source="AMD64 manual vol. 2 15.25: a host's long-mode tables", low_bits=48, high_bits=0
 )
+NPT_5 = replace(X86_64_LA57, name="npt-5", source=NPT.source + ", five levels", low_bits=57, high_bits=0)
 
-_EPT_TABLE: tuple[RightRow, ...] = ((Rights.READ, 1, 1), (Rights.WRITE, 2, 2), (Rights.EXECUTE, 4, 4))
-_EPT_LEAF: tuple[RightRow, ...] = (*_EPT_TABLE, (Rights.USER, 0, 0), (Rights.USER_EXECUTE, 4, 4))
+_EPT_TABLE: tuple[RightRow, ...] = (
+    (Rights.READ, 1, 1), (Rights.WRITE, 2, 2), (Rights.EXECUTE, 4, 4), (Rights.USER_EXECUTE, 4, 4),
+)  # fmt: skip
+_EPT_LEAF: tuple[RightRow, ...] = (*_EPT_TABLE, (Rights.USER, 0, 0))
 _EPT_FLAGS: tuple[FlagRow, ...] = ((PageFlags.ACCESSED, 1 << 8, 1 << 8), (PageFlags.DIRTY, 1 << 9, 1 << 9))
 
 
@@ -99,7 +106,7 @@ def _ept(shift: int, name: str) -> Level:
     Writable without readable is a misconfiguration (28.3.3.1). Bit 7 tells leaf from table above the last level.
     """
     last, largest = shift == 12, shift > 30
-    kinds = []
+    kinds = [EntryKind("misconfigured", 3, 2, fault=FaultKind.MALFORMED)]
     for suffix, mask, value in (("", 1, 1), (" execute-only", 7, 4)):
         if not last:
             kinds.append(EntryKind("table" + suffix, mask | _PS, value, address=_address(12), rights=_EPT_TABLE))
@@ -122,4 +129,4 @@ EPT_5 = replace(
     EPT, name="ept-5", source="Intel SDM vol. 3C 28.3: five levels", levels=(_ept(48, ""), *EPT.levels), low_bits=57
 )
 
-MODES = (X86, X86_PAE, X86_64, X86_64_LA57, NPT, EPT, EPT_5)
+MODES = (X86, X86_PAE, X86_64, X86_64_LA57, NPT, NPT_5, EPT, EPT_5)

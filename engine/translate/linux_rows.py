@@ -1,0 +1,57 @@
+"""Rows that Linux adds to a paging mode: pages that are resident though no access is allowed.
+
+mprotect(PROT_NONE) and NUMA balancing clear the valid bit and keep the frame; /proc/PID/mem reads such pages, and so
+does a walk with these rows, which flags them INACCESSIBLE: `with_prot_none(mode("x86-64"), X86_PROT_NONE)`.
+
+Not here: swap and migration entries, whose numbering depends on release and configuration, are for an OS layer's
+`absent` hook. On ARM with short descriptors the hardware's entry of such a page is zero: only Linux's own copy, half
+a page below, tells where it is.
+Sources: arch/x86/include/asm/pgtable_types.h (_PAGE_PROTNONE, bit 8), pgtable-invert.h (frame numbers stored
+inverted since 4.19 and its stable branches, except with two levels: pgtable-2level.h); arch/arm64/include/asm/
+pgtable-prot.h (PTE_PROT_NONE, bit 58, to 6.10; PTE_PRESENT_INVALID, bit 11, from 6.11 on); arch/arm/include/asm/
+pgtable-3level.h (L_PTE_NONE, bit 57); arch/riscv/include/asm/pgtable-bits.h (_PAGE_PROT_NONE, bit 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.translate.mmu import EntryKind, MmuSpec
+from engine.types import PageFlags
+
+X86_PROT_NONE = 1 << 8
+ARM64_PROT_NONE = 1 << 58
+"""Releases to 6.10."""
+ARM64_PRESENT_INVALID = 1 << 11
+"""Releases from 6.11 on; in entries of swap it is clear there, as bit 58 is before."""
+ARM_LPAE_PROT_NONE = 1 << 57
+RISCV_PROT_NONE = 1 << 5
+_LARGE = 1 << 7
+
+
+def with_prot_none(spec: MmuSpec, bit: int) -> MmuSpec:
+    """The mode with rows for resident pages without access, marked by `bit` (one of the constants above).
+
+    Such an entry has bit 0 clear, `bit` set, and of x86's large pages bit 7; rights it grants none.
+    """
+    added: dict[int, tuple[EntryKind, ...]] = {}
+    for number, level in enumerate(spec.levels):
+        leaves = [kind for kind in level.kinds if kind.page_bits == level.shift]
+        if leaves:
+            added[number] = (_row(leaves[0], spec, bit, number == len(spec.levels) - 1),)
+    return spec.with_kinds(added)
+
+
+def _row(leaf: EntryKind, spec: MmuSpec, bit: int, last: bool) -> EntryKind:
+    large = _LARGE if bit == X86_PROT_NONE and not last else 0
+    stored = sum(mask for mask, _ in leaf.address)
+    inverted = bit == X86_PROT_NONE and spec.entry_size == 8
+    return replace(
+        leaf,
+        name=f"{leaf.name} PROT_NONE",
+        mask=1 | bit | large,
+        value=bit | large,
+        rights=(),
+        flags=((PageFlags.INACCESSIBLE, 0, 0), *(row for row in leaf.flags if not row[1] & (1 | bit))),
+        invert=stored if inverted else 0,
+    )
