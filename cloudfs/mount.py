@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 
 from cloudfs import mountpoint as mountpoints
-from cloudfs import shim
+from cloudfs import serving, shim
 from cloudfs.fast_loop import FastLoop, WaitReadable, make_eager_wait
 from cloudfs.inodes import DEFAULT_BOUND
 from cloudfs.mountpoint import MountEntry, MountError
@@ -170,6 +170,7 @@ async def _serve(
         signals = stack.enter_context(_signals())
         seeks = stack.enter_context(_seeking(operations))
         stack.enter_context(connection.open(operations, where, words))
+        stack.enter_context(serving.announced(connection.device))
         if options.fast_loop:
             wait = _eager_wait(operations, options.spin)
             await stack.enter_async_context(FastLoop(pyfuse3, options.spin, wait))
@@ -336,6 +337,11 @@ class Connection:
             elif text.startswith("socket:"):
                 os.dup2(number, lowest, inheritable=False)
                 os.close(number)
+
+    @property
+    def device(self) -> tuple[int, int] | None:
+        """Of the mount, as stat(2) has it."""
+        return None if self.entry is None else self.entry.device
 
     def set_read_ahead(self) -> None:
         """Let the kernel read 1 MiB ahead in cached files; needs root, and goes without."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloudfs import serving
 from engine.errors import (
     AccessDeniedError,
     EngineError,
@@ -186,7 +187,8 @@ def unmount(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Unmount one of our mounts, as `cloudfs umount` does.
 
     A mount whose daemon is gone is detached, though files of it be open. `force` aborts the connection
-    first, so that whoever waits for the mount is freed. Raises NotFoundError, InvalidArgumentError (another
+    first, so that whoever waits for the mount is freed; a user who may not do that has his own daemon ended, by
+    SIGKILL where it does not listen to SIGTERM. Raises NotFoundError, InvalidArgumentError (another
     kind of mount), TargetBusyError, AccessDeniedError.
     """
     entry = find_mount(path)
@@ -197,7 +199,13 @@ def unmount(path: str | os.PathLike[str], *, force: bool = False) -> None:
             f"{entry.mountpoint} is not unmounted: it is a {entry.kind} mount, not one of cloudfs; use umount(8)"
         )
     if force:
-        abort(entry)
+        try:
+            abort(entry)
+        except AccessDeniedError as error:
+            if not serving.end_daemon(entry.device, lambda: find_mount(entry.mountpoint) != entry):
+                raise AccessDeniedError(
+                    f"{error}; nor is it served by a process of this user that could be ended"
+                ) from None
         _detach_if_there(entry)  # a daemon that lives unmounts it too
         return
     try:

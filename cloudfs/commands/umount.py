@@ -1,7 +1,8 @@
 """Unmounts what `cloudfs mount` has mounted, also where its daemon is dead.
 
 A mount that is in use stays, and who uses it is said. With --force it ends nevertheless, at once, also when it hangs:
-files that are open there give errors from then on. That needs root, or /sys/fs/fuse/connections.
+files that are open there give errors from then on. A user other than root has his own daemon ended for that, unless
+/sys/fs/fuse/connections is there.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import made_up_tree
 
 from cloudfs import mount as mounting
 from cloudfs import mountpoint as mountpoints
+from cloudfs import serving
 from engine.errors import EngineError
 
 CLONE_NEWNS = 0x20000
@@ -114,6 +115,11 @@ def read_own_page(mountpoint: Path) -> str:
     return os.pread(memory, 16, address).hex()
 
 
+def daemon_for_root(mountpoint: Path) -> bool:
+    with serving.daemon_of(mountpoints.find_mount(mountpoint).device) as daemon:
+        return daemon is not None
+
+
 def main() -> None:
     logging.disable(logging.CRITICAL)
     signal.alarm(LIMIT)
@@ -136,6 +142,29 @@ def main() -> None:
     seen["mounted after kill -9"] = mountpoints.is_mounted(mountpoint)
     seen["unmount of the dead"] = answer_of(lambda: mountpoints.unmount(mountpoint))
     seen["mounted after that"] = mountpoints.is_mounted(mountpoint)
+
+    # Without fusectl, and with a file of it open all the while: a daemon that lives, one that hears no SIGTERM, and
+    # a daemon of another user.
+    mountpoints.CONNECTIONS = Path("/nonexistent")
+    serving.TERM_LIMIT = 1.0
+    for way in ("running", "stopped"):
+        daemon = Daemon(mountpoint, auto_unmount=False)
+        holder, _ = as_nobody(lambda: (os.open(mountpoint / "text", os.O_RDONLY), signal.pause()))
+        if way == "stopped":
+            os.kill(daemon.pid, signal.SIGSTOP)
+        seen[f"force of a {way} daemon"] = answer_of(lambda: mountpoints.unmount(mountpoint, force=True))
+        seen[f"mounted after force, {way}"] = mountpoints.is_mounted(mountpoint)
+        seen[f"end of a {way} daemon"] = daemon.end(signal.SIGKILL if mountpoints.is_mounted(mountpoint) else None)
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+    daemon = Daemon(mountpoint, auto_unmount=False)
+    seen["daemon of nobody for root"] = daemon_for_root(mountpoint)
+    device = mountpoints.find_mount(mountpoint).device
+    daemon.end(signal.SIGKILL)
+    with serving.announced(device):  # root says that it serves it
+        seen["force of another's daemon"] = answer_of(lambda: mountpoints.unmount(mountpoint, force=True))
+    seen["unmount after that"] = answer_of(lambda: mountpoints.unmount(mountpoint))
 
     daemon = Daemon(mountpoint, allow_other=True)
     seen["allow_other"] = "allowed" if daemon.ready else daemon.end()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,20 @@ from support import require
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def seen() -> dict[str, Any]:
     require(os.geteuid() == 0, "becoming another user in a namespace needs root")
     require(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse cannot be used here")
     require(shutil.which("fusermount3"), "fusermount3 is not installed")
-    top = tmp_path_factory.mktemp("as-user")
-    for above in (top, *top.parents[:2]):
-        above.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("as_user.py")), str(top)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    # Not below pytest's own folder, which every pytest that starts closes to others again.
+    with tempfile.TemporaryDirectory(prefix="cloudfs-test-") as top:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("as_user.py")), top],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     require("unshare" not in done.stderr, "mount namespaces cannot be made here")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -59,6 +59,20 @@ def test_a_user_clears_a_dead_mount(seen: dict[str, Any]) -> None:
     assert seen["mounted after kill -9"]
     assert seen["unmount of the dead"] == "None"
     assert not seen["mounted after that"]
+
+
+@pytest.mark.parametrize(("way", "end"), [("running", "unmounted"), ("stopped", "")])
+def test_force_of_a_user_without_fusectl_ends_his_own_daemon(seen: dict[str, Any], way: str, end: str) -> None:
+    assert seen[f"force of a {way} daemon"] == "None"
+    assert not seen[f"mounted after force, {way}"]
+    assert seen[f"end of a {way} daemon"] == end
+
+
+def test_the_process_of_another_user_is_no_daemon_that_could_be_ended(seen: dict[str, Any]) -> None:
+    assert seen["daemon of nobody for root"] is False
+    assert seen["force of another's daemon"].startswith("AccessDeniedError: ")
+    assert "nor is it served by a process of this user" in seen["force of another's daemon"]
+    assert seen["unmount after that"] == "None"
 
 
 def test_letting_others_in_is_refused_in_the_helpers_words(seen: dict[str, Any]) -> None:
