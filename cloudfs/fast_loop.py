@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from cloudfs.shim import READY, USED
+from cloudfs.shim import READY
 
 log = logging.getLogger(__name__)
 
@@ -120,21 +120,17 @@ def make_wait_readable(wait: WaitReadable, spin: float = 0.0) -> WaitReadable:
     return wait_readable
 
 
-def make_eager_wait(
-    wait: WaitReadable, words: Sequence[int], came: Callable[[], object], count: Callable[[], object]
-) -> WaitReadable:
+def make_eager_wait(wait: WaitReadable, words: Sequence[int], came: Callable[[], object]) -> WaitReadable:
     """A `wait_readable` for a shim that receives without waiting: it returns at once where that may bring something.
 
-    The shim polls, spins and gives others their turn by itself, and says in `words` how it went: no request, or other
-    tasks' turn, is not `READY`. `came` is called when one comes after that, `count` after it answered any by itself.
+    The shim spins, and gives others their turn after a batch, by itself; it says in `words` that it is `READY` for
+    more. `came` is called when a request has come that had to be waited for.
     """
     deadline = 0.0
     clock = time.perf_counter
 
     async def wait_readable(fd: int) -> None:
         nonlocal deadline
-        if words[USED]:
-            count()
         if words[READY] and clock() < deadline:
             return
         await wait(fd)

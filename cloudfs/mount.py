@@ -207,12 +207,14 @@ def _seeking(operations: TreeOperations) -> Iterator[Seeks | None]:
 def _eager_wait(operations: TreeOperations, spin: float) -> WaitReadable | None:
     """What waits for requests where the shim answers some by itself; None where there is no shim, or not for this."""
     found = shim.loaded()
-    if found is None or found.why_not() is not None or not found.hasten(spin):
+    if found is None or found.why_not() is not None:
         return None
-    shortcuts = operations.shortcuts = Shortcuts(found, operations.counters)
+    shortcuts = Shortcuts(found, operations.counters)
+    if not found.hasten(spin, shortcuts.count):
+        return None
+    operations.shortcuts = shortcuts
     operations.watchdog.shared = found.words[shim.SERVED : shim.BUSY + 1]
-    came = operations.watchdog.came
-    return make_eager_wait(trio.lowlevel.wait_readable, found.words, came, shortcuts.count)
+    return make_eager_wait(trio.lowlevel.wait_readable, found.words, operations.watchdog.came)
 
 
 @contextlib.contextmanager

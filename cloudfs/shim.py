@@ -49,6 +49,7 @@ SeekHandler = Callable[[int, int, int, int, int], None]
 _HANDLER = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int
 )
+_COUNTER = ctypes.CFUNCTYPE(None)
 _STATES = {
     0: "pyfuse3 did not come by it",
     2: "it was compiled with headers of libfuse {wanted}, and libfuse {running} is in use",
@@ -90,8 +91,9 @@ class Shim:
         self.release: int = library.cloudfs_shim_release()
         """Of libfuse's headers: 314 is 3.14."""
         self._handler: object = None
+        self._counter: object = None
         self._hasten = library.cloudfs_shim_hasten
-        self._hasten.argtypes = [ctypes.c_int64]
+        self._hasten.argtypes = [ctypes.c_int64, _COUNTER]
         self._set = ctypes.PyDLL(path).cloudfs_shim_set
         self._set.argtypes, self._set.restype = [ctypes.POINTER(_Way)], None
         shared = (ctypes.c_uint64 * (COUNTS + 4 * SHORTCUTS)).in_dll(library, "cloudfs_shim_words")
@@ -110,14 +112,16 @@ class Shim:
     def end(self) -> None:
         """The session is over: those made from now on have no handler."""
         self._begin(_HANDLER())
-        self._handler = None
+        self._handler = self._counter = None
 
-    def hasten(self, spin: float) -> bool:
+    def hasten(self, spin: float, count: Callable[[], object]) -> bool:
         """Have the session's requests received without waiting, and answered in C where `set` says how.
 
-        It polls for `spin` seconds after each. False where that cannot be: then all is as it was.
+        It polls for `spin` seconds after each. `count` is called in the loop, before Python gets the next request, when
+        any was answered; it must raise nothing. False where that cannot be: then all is as it was.
         """
-        return bool(self._hasten(int(spin * 1e9)))
+        self._counter = _COUNTER(count)
+        return bool(self._hasten(int(spin * 1e9), self._counter))
 
     def set(self, handle: int, way: Shortcut | None, until: float = 0.0) -> None:
         """Answer reads and writes of a handle so, `until` then (time.monotonic()); None: leave them to Python.

@@ -28,11 +28,11 @@ class Totals(Protocol):
 
 
 class Shortcuts:
-    """Those of one mount. All methods belong to the thread of the loop."""
+    """Those of one mount. All methods belong to the thread of the loop; `count` is for `Shim.hasten`."""
 
     def __init__(self, shim: Shim, totals: Totals) -> None:
-        self.words = shim.words
         self._shim = shim
+        self._words = shim.words
         self._totals = totals
         self._open: dict[int, tuple[int, float, OpenFile, object]] = {}
         """By place: handle, until when, the file, and what keeps its descriptors open."""
@@ -41,8 +41,8 @@ class Shortcuts:
         """A read of `file` came to Python: have the next ones answered in C, where that can be."""
         place, now = handle % SHORTCUTS, time.monotonic()
         known = self._open.get(place)
-        if known is not None and known[0] == handle and now < known[1]:
-            return
+        if known is not None and now < known[1]:
+            return  # this handle's, or that of another which came first
         self._forget(place)
         try:
             way = file.shortcut()
@@ -67,19 +67,18 @@ class Shortcuts:
     def _forget(self, place: int) -> None:
         known = self._open.pop(place, None)
         if known is not None:
-            self._count_one(place, known[2])
             self._shim.set(known[0], None)
 
     def count(self) -> None:
-        """Add what was answered in C to the counters that Python keeps."""
-        used = self.words[USED]
+        """Add what was answered in C to the counters that Python keeps: before anything else is done in Python."""
+        used = self._words[USED]
         for place, (_, _, file, _) in self._open.items():
             if used >> place & 1:
                 self._count_one(place, file)
-        self.words[USED] = 0
+        self._words[USED] = 0
 
     def _count_one(self, place: int, file: OpenFile) -> None:
-        words, totals, start = self.words, self._totals, COUNTS + 4 * place
+        words, totals, start = self._words, self._totals, COUNTS + 4 * place
         reads, bytes_read, writes, bytes_written = words[start : start + 4]
         for index in range(start, start + 4):
             words[index] = 0

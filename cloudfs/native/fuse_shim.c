@@ -180,6 +180,7 @@ struct shortcut {
 
 static struct shortcut shortcuts[SHORTCUTS];
 static int64_t spin;
+static void (*count)(void);
 static int blocking; /* so is the session's descriptor, as libfuse made it */
 static unsigned page_shift;
 static char room[ROOM] __attribute__((aligned(4096)));
@@ -194,10 +195,14 @@ PUBLIC volatile uint64_t cloudfs_shim_words[COUNTS + 4 * SHORTCUTS];
 extern void *PyEval_SaveThread(void) __attribute__((weak));
 extern void PyEval_RestoreThread(void *) __attribute__((weak));
 
-/* From now on receive() does not wait, but polls for `nanoseconds` after each request. 0 where that cannot be. */
-PUBLIC int cloudfs_shim_hasten(int64_t nanoseconds) {
+/*
+ * From now on receive() does not wait, but polls for `nanoseconds` after each request, and calls `counter` when it has
+ * used any shortcut. 0 where that cannot be.
+ */
+PUBLIC int cloudfs_shim_hasten(int64_t nanoseconds, void (*counter)(void)) {
     hasty = state == SERVING && PyEval_SaveThread && PyEval_RestoreThread;
     spin = nanoseconds;
+    count = counter;
     blocking = 1;
     page_shift = (unsigned)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE));
     memset(shortcuts, 0, sizeof shortcuts);
@@ -342,6 +347,8 @@ int receive(struct fuse_session *session, struct fuse_buf *buffer) {
         void *thread = PyEval_SaveThread();
         result = serve_all(session, buffer, result);
         PyEval_RestoreThread(thread);
+        if (cloudfs_shim_words[USED])
+            count();
     }
     cloudfs_shim_words[READY] = result != -EAGAIN;
     return result == -EAGAIN ? -EINTR : result;

@@ -14,7 +14,17 @@ import trio
 import trio.testing
 
 from cloudfs import fast_loop
-from cloudfs.fast_loop import BUDGET, FastLoop, HandOverLock, behaves, hooked_trio, make_wait_readable, why_not
+from cloudfs.fast_loop import (
+    BUDGET,
+    FastLoop,
+    HandOverLock,
+    behaves,
+    hooked_trio,
+    make_eager_wait,
+    make_wait_readable,
+    why_not,
+)
+from cloudfs.shim import READY
 
 T = TypeVar("T")
 
@@ -142,6 +152,63 @@ def test_spinning_sees_what_comes_within_its_time(pipe: tuple[int, int]) -> None
     run(main)
     timer.join()
     assert waits.count == 0
+
+
+class Shim:
+    """What the shim says, and what it is told."""
+
+    def __init__(self) -> None:
+        self.words = [0] * 5
+        self.came = 0
+
+    def note(self) -> None:
+        self.came += 1
+
+
+def test_where_the_shim_is_ready_nothing_is_waited_for_within_a_slice(pipe: tuple[int, int]) -> None:
+    waits, shim = Waits(), Shim()
+    wait_readable = make_eager_wait(waits, shim.words, shim.note)
+    os.write(pipe[1], b"x")
+
+    async def main() -> None:
+        await wait_readable(pipe[0])
+        assert (waits.count, shim.came) == (1, 1)
+        shim.words[READY] = 1
+        with trio.testing.assert_no_checkpoints():
+            await wait_readable(pipe[0])
+        assert (waits.count, shim.came) == (1, 1)
+
+    run(main)
+
+
+def test_where_it_is_not_ready_a_request_is_waited_for(pipe: tuple[int, int]) -> None:
+    waits, shim = Waits(), Shim()
+    wait_readable = make_eager_wait(waits, shim.words, shim.note)
+    os.write(pipe[1], b"x")
+
+    async def main() -> None:
+        for count in range(1, 4):
+            await wait_readable(pipe[0])
+            assert (waits.count, shim.came) == (count, count)
+
+    run(main)
+
+
+def test_other_tasks_have_their_turn_however_ready_it_is(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_loop, "SLICE", 0.0)
+    waits, shim = Waits(), Shim()
+    wait_readable = make_eager_wait(waits, shim.words, shim.note)
+    shim.words[READY] = 1
+    os.write(pipe[1], b"x")
+
+    async def main() -> None:
+        for _ in range(5):
+            await wait_readable(pipe[0])
+
+    run(main)
+    assert waits.count == 5
 
 
 # -- the lock ------------------------------------------------------------------------------------------------
