@@ -34,6 +34,8 @@ from engine.types import ADDRESS_SPACE, Extent, Shortcut
 Data = bytes | bytearray | memoryview
 Addresses = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.uint8]
+Pieces = tuple[tuple[int, memoryview], ...]
+"""(address, the bytes from there on), ascending, disjoint and not empty."""
 
 COLUMN_THRESHOLD = 16
 """Up to about so many rows the scalar doors are faster than the column doors (measured)."""
@@ -99,6 +101,10 @@ def as_addresses(addresses: npt.ArrayLike) -> Addresses:
     """Whole numbers as a column of addresses. Raises InvalidArgumentError where one is negative or no number."""
     column = np.asarray(addresses)
     if column.dtype != np.uint64:
+        if column.dtype.kind == "f" and not isinstance(addresses, np.ndarray):
+            column = np.asarray(addresses, object)  # numbers on both sides of 2^63 would have become floats
+            if not all(isinstance(address, int) for address in column.reshape(-1).tolist()):
+                raise InvalidArgumentError("addresses are whole numbers from 0 to 2^64 - 1")
         if column.size and (column.dtype.kind not in "iuO" or min(column.tolist()) < 0):
             raise InvalidArgumentError("addresses are whole numbers from 0 to 2^64 - 1")
         try:
@@ -207,6 +213,18 @@ class Memory(ABC):
 
     def shortcut(self) -> Shortcut | None:
         """How these bytes are had without calling this object; None where it has to be called. Never waits."""
+        return None
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """Whether a scattered word costs no more than a look into memory: else it pays to read what is around it."""
+        return False
+
+    def pieces(self) -> Pieces | None:
+        """All bytes of this memory where they lie in this program, now; None where some do not.
+
+        As with `borrow` a view may reach into a file that someone cuts: for code alone that survives it.
+        """
         return None
 
     def cached(self) -> Memory:
@@ -438,6 +456,26 @@ class MemoryWindow(Memory):
             return None
         return self.memory.borrow(self.start + address, size)
 
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the memory below."""
+        return self.memory.words_are_cheap
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`."""
+        found = self.memory.pieces()
+        return None if found is None else moved_pieces(found, self.start, self._size, 0)
+
+
+def moved_pieces(pieces: Pieces, start: int, size: int, to: int) -> Pieces:
+    """What of `pieces` lies in the `size` bytes from `start` on, as if these stood at `to`."""
+    found = []
+    for address, view in pieces:
+        low, high = max(start, address), min(start + size, address + len(view))
+        if low < high:
+            found.append((low - start + to, view[low - address : high - address]))
+    return tuple(found)
+
 
 def gather_from(source: Rows, addresses: Addresses, out: Rows) -> Faults:
     """Gather rows out of a one-dimensional uint8 array: `Memory.gather` for what is mapped.
@@ -528,6 +566,15 @@ class BytesMemory(Memory):
         if address < 0 or address + size > len(self._view):
             return None
         return self._view[address : address + size].toreadonly()
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """They are."""
+        return True
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`."""
+        return ((0, self._view),) if len(self._view) else ()
 
     def u8(self, address: int) -> int:
         """See `Memory.u8`."""

@@ -15,11 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, InvalidArgumentError
-from engine.memory import Addresses, Data, Faults, Memory, Rows
+from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows, moved_pieces
 from engine.types import ADDRESS_SPACE, Extent
 
 RANGE_LIMIT = 1 << 20
 """More ranges than any machine has: a larger map is an error, not a slow one."""
+
+PIECES_MOST = 4096
+"""Pieces up to which a memory is handed on as such: to make them costs 0.5 µs each."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -259,6 +262,22 @@ class MappedMemory(Memory):
             return None
         entry = self._ranges[index]
         return self.source.borrow(entry.real_base + address - entry.base, size)
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the source."""
+        return self.source.words_are_cheap
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`."""
+        found = self.source.pieces()
+        if found is None or len(found) * len(self._ranges) > PIECES_MOST:
+            return None
+        return tuple(
+            piece
+            for entry in self._ranges
+            for piece in moved_pieces(found, entry.real_base, entry.length, entry.base)
+        )
 
     def _scalar(self, address: int, size: int) -> int | None:
         """The source address of a word that lies within one range."""
