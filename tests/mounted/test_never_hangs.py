@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -189,6 +190,24 @@ def test_an_image_on_a_file_system_that_does_not_answer_costs_only_its_readers(d
             assert outcome(lambda: read_at(memory, 8, 8 * ANSWERED)) == errno.ETIMEDOUT
         assert outcome(lambda: new.write_text(f"raw raw:{image}\n")) == len(f"raw raw:{image}\n")
         assert outcome(lambda: read_at(mount.folder / "connector/raw/phys_mem", 4096, 0)) == image.read_bytes()[:4096]
+        abort(dead)
+
+
+def test_readers_of_a_file_that_nobody_changes_do_not_wait_for_one_another(dead: Path) -> None:
+    with mounted("--timeout", "1", limit=LIMIT) as mount, guarded(LIMIT, mount.folder, dead), responsive(mount):
+        (mount.folder / "connector/new").write_text(f"dead raw:{dead}/direct:immutable=yes\n")
+        memory = mount.folder / "connector/dead/phys_mem"
+        assert outcome(lambda: read_at(memory, 4096, ANSWERED - 4096)) == b"a" * 4096
+        came: list[object] = []
+        page = functools.partial(read_at, memory, 8, 8 * ANSWERED)
+        threads = [threading.Thread(target=lambda: came.append(outcome(page)), daemon=True) for _ in range(8)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert came == [errno.ETIMEDOUT] * 8
+        assert time.monotonic() - began < 4, "each waited until the one before was given up"
         abort(dead)
 
 

@@ -146,7 +146,7 @@ class MemoryFile(File):
         assert self._context.instance is not None, "memory belongs to an instance"
         opening = Opening.of(self._context.instance)
         file = (OpenWhole if self._whole else OpenExact)(opening, self._opener(), writable=writes)
-        if self._cached:
+        if self._cached and not file.may_block:  # readers of a cached page wait for it, and for what is read ahead
             file.direct_io, file.keep_cache, file.lease = False, True, self._lease
         return file
 
