@@ -10,7 +10,7 @@ directories that were least recently used: once their names are invalidated, the
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
 
 from cloudfs.node import BrokenNodeError, Directory, Node
 from engine.errors import NotFoundError
@@ -19,15 +19,16 @@ ROOT_INODE = 1
 DEFAULT_BOUND = 100_000
 KEPT = 0.8
 """How much of the bound is kept when directories are invalidated, so that it is not done all the time."""
+AT_REST = 0.05
+"""How much of it may stay when nobody has asked for anything for a while: two plain processes, 2 MB; else all goes."""
 
 
 class DirectoryRecord:
     """What is remembered of a directory beside its entry."""
 
-    __slots__ = ("children", "directories", "name")
+    __slots__ = ("children", "directories")
 
-    def __init__(self, name: bytes) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.children = 0
         """Entries of the table whose parent this is."""
         self.directories: dict[bytes, Entry] = {}
@@ -37,7 +38,7 @@ class DirectoryRecord:
 class Entry:
     """One inode that the kernel knows."""
 
-    __slots__ = ("directory", "identity", "inode", "lookups", "node", "parent")
+    __slots__ = ("directory", "identity", "inode", "lookups", "name", "node", "parent")
 
     def __init__(self, inode: int, identity: Hashable, node: Node, parent: Entry | None, name: bytes) -> None:
         self.inode = inode
@@ -46,7 +47,9 @@ class Entry:
         self.lookups = 0
         self.parent = parent
         """The directory in which it was seen first."""
-        self.directory = DirectoryRecord(name) if isinstance(node, Directory) else None
+        self.name = name
+        """What it was called there."""
+        self.directory = DirectoryRecord() if isinstance(node, Directory) else None
 
 
 class InodeTable:
@@ -135,8 +138,8 @@ class InodeTable:
         record = entry.parent.directory if entry.parent is not None else None
         if record is not None:
             record.children -= 1
-            if entry.directory is not None and record.directories.get(entry.directory.name) is entry:
-                del record.directories[entry.directory.name]
+            if entry.directory is not None and record.directories.get(entry.name) is entry:
+                del record.directories[entry.name]
         if self.bound is not None and len(self._by_inode) <= self.bound:
             self._threshold = self.bound
 
@@ -172,15 +175,22 @@ class InodeTable:
         """(parent inode, name) of what should be invalidated to come back under the bound; mostly nothing."""
         if self.bound is None or self._threshold is None or len(self._by_inode) <= self._threshold:
             return []
-        excess = len(self._by_inode) - int(self.bound * KEPT)
-        chosen: list[tuple[int, bytes]] = []
-        while excess > 0 and self._recency:
-            entry = next(iter(self._recency.values()))
-            if entry.parent is not None and entry.directory is not None:
-                chosen.append((entry.parent.inode, entry.directory.name))
-            excess -= self._leave_below(entry)
+        chosen = self._least_used(int(self.bound * KEPT))
         # FORGETs come later, and none for what is held open: ask again when it has grown by a tenth.
         self._threshold = len(self._by_inode) + self.bound // 10
+        return chosen
+
+    def _least_used(self, keep: int, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
+        """Directories whose invalidation leaves about `keep` entries; they are candidates no more."""
+        excess = len(self._by_inode) - keep
+        chosen: list[tuple[int, bytes]] = []
+        for inode, entry in list(self._recency.items()):
+            if excess <= 0:
+                break
+            if inode not in self._recency or inode in spared or entry.parent is None:
+                continue
+            chosen.append((entry.parent.inode, entry.name))
+            excess -= self._leave_below(entry)
         self._newest = None
         return chosen
 
@@ -195,6 +205,47 @@ class InodeTable:
                 count += at.directory.children
                 pending += at.directory.directories.values()
         return count + 1
+
+    # -- when nobody asks for anything ---------------------------------------------------------------------
+
+    @property
+    def above_rest(self) -> bool:
+        """Whether there are more entries than may stay while nobody asks for any."""
+        return self.bound is not None and len(self._by_inode) > self.bound * AT_REST
+
+    def idle(self, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
+        """(parent inode, name) of all directories in use so far, but for the inodes `spared`."""
+        return self._least_used(1, spared)
+
+    def remaining(self, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
+        """(parent inode, name) of every entry but the inodes `spared`.
+
+        Invalidating a directory that is open reaches no more what is seen in it later: that has to be named itself.
+        """
+        known = self._by_inode
+        return [
+            (entry.parent.inode, entry.name)
+            for inode, entry in known.items()
+            if inode not in spared and entry.parent is not None and known.get(entry.parent.inode) is entry.parent
+        ]
+
+    def inode_at(self, names: Iterable[bytes]) -> int | None:
+        """The inode of a directory by its names from the root on, or None where it is not known."""
+        at: Entry | None = self.root
+        for name in names:
+            at = at.directory.directories.get(name) if at is not None and at.directory is not None else None
+        return None if at is None else at.inode
+
+    def inode_of(self, node: Node) -> int | None:
+        """The inode of what has the identity of that node, or None where it is not known."""
+        entry = self._by_identity.get(node.identity)
+        return None if entry is None else entry.inode
+
+    def compact(self) -> None:
+        """Make the tables as small as what they hold: a dict keeps the room that it once had."""
+        self._by_inode = dict(self._by_inode)
+        self._by_identity = dict(self._by_identity)
+        self._recency = dict(self._recency)
 
     # -- for tests -----------------------------------------------------------------------------------------
 

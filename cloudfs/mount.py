@@ -24,10 +24,11 @@ import trio
 from cloudfs import mountpoint as mountpoints
 from cloudfs import serving, shim
 from cloudfs.fast_loop import FastLoop, WaitReadable, make_eager_wait
-from cloudfs.inodes import DEFAULT_BOUND
+from cloudfs.inodes import DEFAULT_BOUND, ROOT_INODE
 from cloudfs.mountpoint import MountEntry, MountError
 from cloudfs.node import Directory
 from cloudfs.operations import Counters, Owner, TreeOperations
+from cloudfs.resting import Rest
 from cloudfs.seeking import Seeks
 from cloudfs.shortcuts import Shortcuts
 from cloudfs.watchdog import Watchdog
@@ -78,6 +79,8 @@ class MountOptions:
     """Seconds for which the loop may stand still before the mount is ended."""
     inode_bound: int | None = DEFAULT_BOUND
     """Nodes above which the kernel is asked to forget those it used least recently."""
+    rest_after: float = 10.0
+    """Seconds without a request after which memory is given back, see `cloudfs.resting`."""
     extra: tuple[str, ...] = ()
     """Further mount options, of `PASSED_ON`."""
     uid: int | None = None
@@ -182,6 +185,9 @@ async def _serve(
         nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
         stack.enter_context(connection.noticed(nursery.cancel_scope.cancel))
         stack.enter_context(_collector_spared())
+        rest = Rest(operations, watchdog, connection, options.rest_after)
+        watchdog.idle = rest.fell_idle
+        nursery.start_soon(rest.run)
         nursery.start_soon(_begin, operations, connection, ready)
         await pyfuse3.main(min_tasks=SPARE_TASKS, max_tasks=MAX_TASKS)
         if options.self_check:
@@ -235,6 +241,7 @@ async def _begin(
 ) -> None:
     """What can be done once the kernel has its answer to INIT, which sets the read-ahead back."""
     await operations.initialised.wait()
+    pyfuse3.invalidate_entry_async(ROOT_INODE, b"\xff", ignore_enoent=True)  # its thread starts now, see `Rest`
     found = shim.loaded()
     if found is not None and (reason := found.why_not()) is not None:
         log.info("holes are not told to programs that ask for them (no shim): %s", reason)
@@ -307,6 +314,11 @@ class Connection:
     def __init__(self) -> None:
         self.entry: MountEntry | None = None
         self._descriptor: int | None = None
+
+    @property
+    def mountpoint(self) -> str | None:
+        """Where it is mounted, while it is."""
+        return None if self.entry is None else self.entry.mountpoint
 
     @contextlib.contextmanager
     def open(self, operations: TreeOperations, where: str, words: set[str]) -> Iterator[None]:

@@ -16,7 +16,7 @@ import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -275,6 +275,25 @@ class TreeOperations(pyfuse3.Operations):
     def _shrink(self) -> None:
         for parent, name in self.inodes.surplus():
             self._invalidate(parent, name)
+
+    def forget_idle(self, places: Iterable[tuple[bytes, ...]], *, each: bool) -> None:
+        """Ask the kernel to forget directories with all below them, or `each` node that is left by its own name.
+
+        Not what is open, and not the directories at `places`, given as names from the root on: their names must
+        stay valid, or getcwd(2) fails there and /proc says of open files that they were deleted.
+        """
+        inodes = self.inodes
+        spared = {inodes.inode_at(names) for names in places}
+        spared |= {inodes.inode_of(handle.node) for handle in self._handles.values()}
+        spared |= {listing.entry.inode for listing in self._listings.values()}
+        numbers = {inode for inode in spared if inode is not None}
+        for parent, name in inodes.remaining(numbers) if each else inodes.idle(numbers):
+            self._invalidate(parent, name)
+
+    def rest(self) -> None:
+        """Let go of what is kept for the next request alone."""
+        self.inodes.compact()
+        self._shown_attributes = None
 
     # -- names and attributes ----------------------------------------------------------------------------
 

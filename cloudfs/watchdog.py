@@ -31,7 +31,8 @@ class Watchdog:
     """Calls `abort` once, in its own thread, when code between `enter` and `leave` takes `limit` seconds.
 
     `entered` and `left` are the stamps. The hot path writes them itself, exactly as `enter` and `leave` do.
-    `activity` is called by that thread with the first stamp after some seconds without any.
+    `activity` is called by that thread with the first stamp after some seconds without any; `idle`, in the
+    watchdog's, when it falls asleep.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Watchdog:
         self.limit = limit
         self.shared: Sequence[int] = (0, 0)
         """Requests that the shim answered by itself, and whether it is about one: further stamps."""
+        self.idle: Callable[[], object] | None = None
         self._abort = abort
         self._activity = activity
         self._awake = threading.Event()
@@ -117,6 +119,8 @@ class Watchdog:
         if self._stamp() != stamp or self._stop.is_set():  # meanwhile: nobody will wake us
             self.asleep = False
             return
+        if self.idle is not None:
+            self.idle()
         self._awake.wait()
 
     def _fire(self) -> None:

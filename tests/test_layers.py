@@ -74,6 +74,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.seeking": ("cloudfs.operations",),
     "cloudfs.doctor": ("cloudfs.mount",),
     "cloudfs.leased_files": ("cloudfs.node",),
+    "cloudfs.resting": ("cloudfs.operations",),
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
     "cloudfs.bug_log": ("cloudfs.node",),
@@ -81,7 +82,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
         "cloudfs.bug_log", "cloudfs.shortcuts", "cloudfs.leased_files",
     ),
-    "cloudfs.mount": ("cloudfs.seeking", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root"),
+    "cloudfs.mount": (
+        "cloudfs.seeking", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root", "cloudfs.resting",
+    ),
     "cloudfs.daemon": ("engine.errors",),
     "cloudfs.commands": (),
     "cloudfs.commands.mount": ("cloudfs.mount", "cloudfs.commands.*", "cloudfs.daemon"),
@@ -95,7 +98,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 FUSE = {
     "cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads", "cloudfs.seeking",
-    "cloudfs.doctor", "cloudfs.leased_files",
+    "cloudfs.doctor", "cloudfs.leased_files", "cloudfs.resting",
 }  # fmt: skip
 """Only these import pyfuse3 and trio, what runs blocking work among them: the rest must not pay for them."""
 

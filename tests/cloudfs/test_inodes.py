@@ -174,6 +174,60 @@ def test_the_directories_below_a_surplus_one_are_not_named_with_it() -> None:
     table.check()
 
 
+def test_all_directories_but_those_that_are_spared_are_idle() -> None:
+    table = table_of(bound=100)
+    directories = add_directories(table, 3, 2)
+    assert table.above_rest
+    spared = table.inode_at([b"1"])
+    assert spared == directories[1].inode
+    assert table.idle({spared}) == [(1, b"0"), (1, b"2")]
+    assert table.idle({spared}) == []
+    table.check()
+
+
+def test_a_few_nodes_may_stay_when_nothing_is_asked_for_and_all_where_there_is_no_bound() -> None:
+    table = table_of(bound=100)
+    add_directories(table, 1, 3)
+    assert not table.above_rest
+    table = table_of()
+    add_directories(table, 10, 10)
+    assert not table.above_rest
+
+
+def test_what_remains_is_named_one_by_one() -> None:
+    table = table_of(bound=10)
+    first, second = add_directories(table, 2, 1)
+    expected = {(1, b"0"), (1, b"1"), (first.inode, b"0"), (second.inode, b"0")}
+    assert set(table.remaining()) == expected
+    assert set(table.remaining({first.inode})) == expected - {(1, b"0")}
+    table.forget(first.inode, 1)
+    assert (first.inode, b"0") not in table.remaining()
+
+
+def test_a_directory_is_found_by_its_names() -> None:
+    table = table_of()
+    above = add_directories(table, 1, 1)[0]
+    below = add_directories(table, 1, 0, above)[0]
+    assert table.inode_at([]) == ROOT_INODE
+    assert table.inode_at([b"0", b"0"]) == below.inode
+    assert table.inode_at([b"0", b"1"]) is None
+    assert table.inode_of(below.node) == below.inode
+    assert table.inode_of(Text("unknown", "")) is None
+
+
+def test_a_compact_table_is_the_same_table() -> None:
+    table = table_of(bound=100)
+    directories = add_directories(table, 10, 5)
+    for entry in directories[1:]:
+        table.forget(entry.inode, 1)
+    size = len(table)
+    table.compact()
+    assert len(table) == size
+    assert table.entry(directories[0].inode) is directories[0]
+    table.touch(directories[0])
+    assert table.idle() == [(1, b"0")]
+
+
 def test_check_names_an_inconsistency() -> None:
     table = table_of()
     entry = table.remember(table.root, b"a", Text("a", ""))

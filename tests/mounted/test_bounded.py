@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -21,7 +22,7 @@ LIMIT = 80
 
 WIDE_TREE = """
 import stat, sys
-from cloudfs import mount
+from cloudfs import mount, resting
 from cloudfs.node import Attributes, Directory, File
 
 class Leaf(File):
@@ -41,7 +42,13 @@ class Wide(Directory):
         for index in range(int(sys.argv[2]) if self.number is None else 1000):
             yield str(index), Wide(index) if self.number is None else Leaf((self.number, index))
 
-options = mount.MountOptions(self_check=True)
+class Rest(resting.Rest):
+    async def _rest(self):
+        await super()._rest()
+        print("rested", len(self._operations.inodes), flush=True)
+
+mount.Rest = Rest
+options = mount.MountOptions(self_check=True, rest_after=float(sys.argv[3]), stall_limit=float(sys.argv[4]))
 mount.mount(Wide(None), sys.argv[1], options, ready=lambda: print("ready", flush=True))
 """
 
@@ -65,27 +72,68 @@ def resident(pid: int, name: str = "VmRSS") -> int:
     return int(found[1]) >> 10
 
 
-@pytest.mark.parametrize("directories", [250, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_walk_over_many_entries_leaves_no_more_than_the_bound_of_them(folder: Path, directories: int) -> None:
+@contextlib.contextmanager
+def wide_tree(folder: Path, directories: int, rest_after: float, stall_limit: float) -> Iterator[subprocess.Popen[str]]:
+    """A mount of `directories` of 1000 files each, whose daemon prints «rested» and its number of nodes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = [str(folder), str(directories), str(rest_after), str(stall_limit)]
     daemon = subprocess.Popen(
-        [sys.executable, "-c", WIDE_TREE, str(folder), str(directories)], stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-c", WIDE_TREE, *words], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert daemon.stdout is not None
-        assert daemon.stdout.readline() == b"ready\n"
-        after = []
+        assert daemon.stdout.readline() == "ready\n"
+        yield daemon
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+    finally:
+        daemon.kill()
+        daemon.communicate(timeout=10)
+
+
+def rested(daemon: subprocess.Popen[str]) -> int:
+    """The nodes that are left when the daemon has come to rest; the guard ends a wait in vain."""
+    assert daemon.stdout is not None
+    word, number = daemon.stdout.readline().split()
+    assert word == "rested"
+    return int(number)
+
+
+@pytest.mark.parametrize("directories", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_walks_over_many_entries_are_bounded_and_afterwards_the_daemon_is_as_small_as_before(
+    folder: Path, directories: int
+) -> None:
+    with wide_tree(folder, directories, 0.5, 10) as daemon:
+        os.listdir(folder)
+        before, after = resident(daemon.pid), []
         for _ in range(2):
             found = subprocess.run(["find", str(folder)], capture_output=True, timeout=70, check=True)
             assert found.stdout.count(b"\n") == 1 + directories * 1001
             after.append(resident(daemon.pid))
         assert resident(daemon.pid, "VmHWM") < 300
         assert after[1] < 1.5 * after[0]
-        daemon.terminate()
-        assert daemon.wait(20) == 0
-    finally:
-        daemon.kill()
-        daemon.communicate(timeout=10)
+        assert rested(daemon) == 1
+        assert resident(daemon.pid) < 1.5 * before
+
+
+def test_where_somebody_stands_and_what_is_open_keeps_its_name_when_all_else_is_forgotten(folder: Path) -> None:
+    with wide_tree(folder, 20, 0.1, 0.4) as daemon:
+        standing = subprocess.Popen(
+            [sys.executable, "-c", "import os; input(); print(os.getcwd())"],
+            cwd=folder / "3", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        opened = os.open(folder / "4", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            subprocess.run(["find", str(folder)], capture_output=True, timeout=20, check=True)
+            assert rested(daemon) == 3
+            assert os.readlink(f"/proc/self/fd/{opened}") == f"{folder}/4"
+            assert standing.communicate("\n", timeout=10)[0] == f"{folder}/3\n"
+            assert len(os.listdir(opened)) == 1000
+            assert len(os.listdir(folder / "5")) == 1000
+        finally:
+            os.close(opened)
+            standing.kill()
+            standing.communicate(timeout=10)
 
 
 def test_a_file_cut_under_four_readers_gives_errors_and_no_signal(tmp_path: Path) -> None:
