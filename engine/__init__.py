@@ -4,6 +4,7 @@ The map of the package (every name here is imported on first use):
 
 - `Memory`, `Faults`, `BytesMemory`, `MemoryWindow` (engine.memory): bytes with holes, scalar and column doors.
 - `FileMemory` (engine.file_memory), `MemoryMap`, `MappedMemory` (engine.memory_map): files and remapped memory.
+- `VirtualMemory` (engine.translate.virtual): virtual address translation; the paging modes (engine.translate.modes).
 - `Connector` (engine.connector), `OsLayer`, `Process`, `Module` (engine.oslayer): what plugins subclass.
 - `Machine`, `Instance` (engine.machine): what is open, by name; `open_target` (engine.targets): one call to begin with.
 - `Extent`, `Region`, `Rights` and the info records (engine.types); the errors (engine.errors).
@@ -28,14 +29,15 @@ _WHERE = {
         "UnsupportedError UnusableTargetError"
     ),
     "engine.types": (
-        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo PageFlags ProcessInfo Region Rights SectionInfo "
-        "TargetHints ThreadInfo"
+        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo PageFlags PhysicalMap ProcessInfo Region Rights "
+        "SectionInfo TargetHints ThreadInfo"
     ),
     "engine.memory": "BytesMemory Faults Memory MemoryWindow",
     "engine.file_memory": "FileMemory",
     "engine.memory_map": "MapRange MappedMemory MemoryMap",
+    "engine.translate.virtual": "VirtualMemory",
     "engine.connector": "Connector Target",
-    "engine.oslayer": "Base HostOwned Module OsLayer ProcFiles Process",
+    "engine.oslayer": "Base HostOwned Module OsLayer PhysicalMaps ProcFiles Process",
     "engine.machine": "Instance Machine",
     "engine.targets": "open_target",
 }
@@ -62,9 +64,11 @@ if TYPE_CHECKING:
     from engine.oslayer import HostOwned as HostOwned
     from engine.oslayer import Module as Module
     from engine.oslayer import OsLayer as OsLayer
+    from engine.oslayer import PhysicalMaps as PhysicalMaps
     from engine.oslayer import Process as Process
     from engine.oslayer import ProcFiles as ProcFiles
     from engine.targets import open_target as open_target
+    from engine.translate.virtual import VirtualMemory as VirtualMemory
     from engine.types import *  # noqa: F403
 
 

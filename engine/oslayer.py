@@ -29,6 +29,7 @@ from engine.types import (
     ImportInfo,
     ModuleInfo,
     OsInfo,
+    PhysicalMap,
     ProcessInfo,
     Region,
     SectionInfo,
@@ -216,6 +217,14 @@ class ProcFiles(ABC):
     @abstractmethod
     def thread(self, tid: int) -> ProcFiles:
         """The same files of one of its threads (/proc/PID/task/TID)."""
+
+
+class PhysicalMaps(ABC):
+    """Of a Process: where its pages lie in physical memory."""
+
+    @abstractmethod
+    def physical_maps(self) -> Iterator[PhysicalMap]:
+        """Runs of pages that follow one another in both address spaces, ascending. Raises ProcessExitedError."""
 
 
 class HostOwned(ABC):

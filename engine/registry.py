@@ -26,6 +26,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
     },
     "oslayer": {
         "native": "engine.oslayers.native:NativeLayer",
+        "raw-dtb": "engine.oslayers.raw_dtb:RawDtbLayer",
     },
 }
 _GROUPS: dict[Kind, str] = {"connector": "cloudfs.connectors", "oslayer": "cloudfs.oslayers"}

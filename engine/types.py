@@ -81,6 +81,23 @@ class PageFlags(enum.Flag):
 
 
 @dataclass(frozen=True, slots=True)
+class PhysicalMap:
+    """A run of pages that follow one another in virtual and in physical memory, with equal rights and page size."""
+
+    start: int
+    size: int
+    physical: int
+    page_size: int
+    rights: Rights
+    flags: PageFlags
+
+    @property
+    def stop(self) -> int:
+        """First virtual address behind the run."""
+        return self.start + self.size
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One mapped range of a process, as a line of /proc/PID/maps tells it (proc_pid_maps(5))."""
 

@@ -36,7 +36,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.translate.tree": ("engine.translate.batch",),
     "engine.translate.listing": ("engine.translate.rows",),
     "engine.translate.bulk": ("engine.translate.tree", "engine.translate.listing"),
-    "engine.translate.virtual": ("engine.translate.bulk", "engine.translate.modes"),
+    "engine.translate.maps": ("engine.translate.bulk",),
+    "engine.translate.virtual": ("engine.translate.maps",),
     "engine.translate.*": ("engine.translate.mmu",),
     "engine.oslayer": ("engine.memory_map", "engine.leases"),
     "engine.connector": ("engine.oslayer",),
@@ -45,6 +46,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "engine.connector", "engine.file_memory", "engine.formats.*", "engine.middleware", "engine.numbers",
     ),
     "engine.oslayers": (),
+    "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),
+    "engine.oslayers.linux": ("engine.oslayers.linux.*",),
+    "engine.oslayers.linux.*": (
+        "engine.oslayer", "engine.formats.*", "engine.layout", "engine.translate.*", "engine.numbers",
+        "engine.oslayers.linux.*",
+    ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (
         "engine.oslayer", "engine.formats.*", "engine.mounts", "engine.file_memory", "engine.oslayers.native.*",

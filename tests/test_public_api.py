@@ -15,10 +15,11 @@ FACE = {
     "ConnectorClosedError", "ConnectorInfo", "EngineError", "ExportInfo", "Extent", "FaultError", "FaultKind",
     "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "Machine", "MapRange",
     "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo", "NotFoundError",
-    "NotRecognisedError", "OsInfo", "OsLayer", "PageFlags", "PagedOutError", "PluginError", "ProcFiles", "Process",
-    "ProcessExitedError", "ProcessInfo", "ReadOnlyError", "ReadOnlyFaultError", "Region", "Rights", "SectionInfo",
-    "SourceFaultError", "Target", "TargetBusyError", "TargetGoneError", "TargetHints", "TargetTimeoutError",
-    "ThreadInfo", "UnsupportedError", "UnusableTargetError", "open_target",
+    "NotRecognisedError", "OsInfo", "OsLayer", "PageFlags", "PagedOutError", "PhysicalMap", "PhysicalMaps",
+    "PluginError", "ProcFiles", "Process", "ProcessExitedError", "ProcessInfo", "ReadOnlyError",
+    "ReadOnlyFaultError", "Region", "Rights", "SectionInfo", "SourceFaultError", "Target", "TargetBusyError",
+    "TargetGoneError", "TargetHints", "TargetTimeoutError", "ThreadInfo", "UnsupportedError", "UnusableTargetError",
+    "VirtualMemory", "open_target",
 }  # fmt: skip
 
 

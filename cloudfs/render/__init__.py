@@ -15,6 +15,13 @@ from cloudfs.render.maps import maps_line as maps_line
 from cloudfs.render.maps import maps_text as maps_text
 from cloudfs.render.names import file_name as file_name
 from cloudfs.render.names import unescape_file_name as unescape_file_name
+from cloudfs.render.physical import ModuleNames as ModuleNames
+from cloudfs.render.physical import page_permissions as page_permissions
+from cloudfs.render.physical import page_size_text as page_size_text
+from cloudfs.render.physical import physical_map_record as physical_map_record
+from cloudfs.render.physical import physical_maps_lines as physical_maps_lines
+from cloudfs.render.physical import translation_record as translation_record
+from cloudfs.render.physical import untranslated_record as untranslated_record
 from cloudfs.render.records import Record as Record
 from cloudfs.render.records import connector_record as connector_record
 from cloudfs.render.records import export_record as export_record

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 
 import pytest
+from hand_made_tables import DTB, image
 
 from engine import registry
 from engine.connector import Connector
 from engine.connectors.dummy import made_bytes
+from engine.memory import BytesMemory
 from engine.oslayer import Base
 from engine.testing import Truth, check_connector, check_oslayer
 from engine.types import Extent
@@ -46,12 +48,16 @@ def test_every_connector_holds_its_contract(name, writable, tmp_path):
     check_connector(connector, truth)
 
 
-LAYERS: dict[str, Callable[[], Base]] = {"native": lambda: Base(live=True)}
+LAYERS: dict[str, tuple[Callable[[], Base], dict[str, str], list[int]]] = {
+    "native": (lambda: Base(live=True), {}, [os.getpid()]),  # not 1: even root may not look into it in a container
+    "raw-dtb": (lambda: Base(BytesMemory(bytes(image()))), {"dtb": hex(DTB)}, [1]),
+}
 
 
 @pytest.mark.parametrize("name", [plugin.name for plugin in registry.plugins("oslayer")])
 def test_every_oslayer_holds_its_contract(name):
     assert name in LAYERS, f"give the OS layer {name!r} a sample here"
-    layer = registry.load_oslayer(name).open(LAYERS[name](), {})
-    check_oslayer(layer, alive=[os.getpid()])  # not 1: even root may not look into it in a container
+    base, options, alive = LAYERS[name]
+    layer = registry.load_oslayer(name).open(base(), options)
+    check_oslayer(layer, alive=alive)
     layer.close()

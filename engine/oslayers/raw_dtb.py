@@ -1,0 +1,156 @@
+"""OS layer `raw-dtb`: one address space from a DTB that the user knows, so that any image can be looked into.
+
+    -o raw-dtb:dtb=0x1ad002,arch=x86-64                       a CR3 as a debugger prints it; its PCID is dropped
+    -o raw-dtb:dtb=0x41f39000,dtb1=0x41a33000,arch=aarch64-4k-48     TTBR0 and TTBR1
+
+It recognises nothing and knows no processes: its one «process» has PID 1, and its regions are what the page tables
+map, joined where rights are equal. Nothing that only an operating system knows is made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError, ProcessExitedError
+from engine.memory import Memory
+from engine.numbers import parse_number
+from engine.oslayer import Base, Options, OsLayer, PhysicalMaps, Process
+from engine.translate.maps import coalesced
+from engine.translate.mmu import Root
+from engine.translate.modes import roots_for
+from engine.translate.virtual import VirtualMemory
+from engine.types import OsInfo, PageFlags, PhysicalMap, ProcessInfo, Region, Rights
+
+PID = 1
+REGION_LIMIT = 1 << 20
+"""Ranges that are told; hostile page tables may hold more."""
+
+
+class RawDtbLayer(OsLayer):
+    """One address space from a DTB that the user gives."""
+
+    kind = "raw-dtb"
+    summary = "one address space from a DTB that you know: -o raw-dtb:dtb=ADDRESS,arch=MODE"
+    options_help = {
+        "dtb": "physical address of the top page table, or the register that names it (CR3, TTBR0, satp)",
+        "dtb1": "that of the high half, where the architecture has two (TTBR1)",
+        "arch": "the paging mode (x86-64); a wrong one prints the list",
+        "encryption": "bits of entries that are no address: AMD's C-bit, NUMBER(sme_mask)",
+    }
+
+    def __init__(self, base: Base, memory: VirtualMemory, architecture: str) -> None:
+        self._base = base
+        self._memory = memory
+        self._architecture = architecture
+
+    @classmethod
+    def open(cls, base: Base, options: Options) -> Self:
+        """Take the DTB. Raises NotRecognisedError without one, InvalidArgumentError, or where no table is there."""
+        if "dtb" not in options:
+            raise NotRecognisedError("name the page table yourself: -o raw-dtb:dtb=ADDRESS,arch=MODE")
+        if base.memory is None:
+            raise InvalidArgumentError("raw-dtb stands on a connector: name one with -c")
+        architecture = options.get("arch", "x86-64")
+        registers = [parse_number(options[key], f"{key}=") for key in ("dtb", "dtb1") if key in options]
+        roots = roots_for(architecture, *registers)
+        if "encryption" in options:
+            bits = parse_number(options["encryption"], "encryption=")
+            roots = tuple((spec.without_bits(bits), dtb & ~bits) for spec, dtb in roots)
+        for spec, dtb in roots:
+            if not _is_there(base.memory, dtb):
+                where = f"physical memory goes to {base.memory.size:#x}"
+                raise InvalidArgumentError(f"there is no memory at the DTB {dtb:#x} ({spec.name}); {where}")
+        return cls(base, VirtualMemory(base.memory, roots, keep=not base.live), architecture)
+
+    @property
+    def info(self) -> OsInfo:
+        """See `OsLayer.info`."""
+        return OsInfo(
+            self.kind,
+            architecture=self._architecture,
+            page_size=1 << min(spec.page_bits for spec, _ in self._memory.roots),
+            dtb=self._memory.roots[0][1],
+            live=self._base.live,
+            writable=self._base.writable,
+            notes=("one address space; whose it is, only you know",),
+        )
+
+    @property
+    def physical_memory(self) -> Memory | None:
+        """See `OsLayer.physical_memory`."""
+        return self._base.memory
+
+    @property
+    def kernel_memory(self) -> Memory | None:
+        """See `OsLayer.kernel_memory`: the same address space."""
+        return self._memory
+
+    def pids(self) -> list[int]:
+        """See `OsLayer.pids`: PID 1 alone."""
+        return [PID]
+
+    def process(self, pid: int) -> Process:
+        """See `OsLayer.process`."""
+        if pid != PID:
+            raise ProcessExitedError(pid)
+        return AddressSpace(self._memory, self._architecture)
+
+    def close(self) -> None:
+        """See `OsLayer.close`: nothing is held."""
+
+
+class AddressSpace(Process, PhysicalMaps):
+    """The one «process»: an address space, and no more."""
+
+    def __init__(self, memory: VirtualMemory, architecture: str) -> None:
+        self._memory = memory
+        self._architecture = architecture
+
+    @property
+    def info(self) -> ProcessInfo:
+        """See `Process.info`."""
+        root: Root = self._memory.roots[0]
+        return ProcessInfo(
+            PID, f"dtb-{root[1]:x}", architecture=self._architecture, dtb=root[1], extra={"sources": ["page tables"]}
+        )
+
+    @property
+    def memory(self) -> Memory:
+        """See `Process.memory`."""
+        return self._memory
+
+    def regions(self) -> Iterator[Region]:
+        """See `Process.regions`: what the page tables map, joined where rights are equal."""
+        return regions_of(self._memory)
+
+    def physical_maps(self) -> Iterator[PhysicalMap]:
+        """See `PhysicalMaps.physical_maps`."""
+        return self._memory.physical_maps()
+
+
+def regions_of(memory: VirtualMemory) -> Iterator[Region]:
+    """The mapped ranges of an address space by its page tables alone, at most a million."""
+    count = 0
+    for runs in coalesced(memory.translation_blocks(), frames=False):
+        columns = (runs.starts.tolist(), runs.sizes.tolist(), runs.rights.tolist(), runs.flags.tolist())
+        for start, size, rights, flags in zip(*columns, strict=True):
+            yield Region(start, size, Rights.NONE if flags & PageFlags.INACCESSIBLE.value else _seen(Rights(rights)))
+            count += 1
+            if count >= REGION_LIMIT:
+                return
+
+
+def _seen(rights: Rights) -> Rights:
+    """Rights as /proc/PID/maps has them: who runs in user mode asks for user execution, a kernel for its own."""
+    run = Rights.USER_EXECUTE if rights & Rights.USER else Rights.EXECUTE
+    return rights & (Rights.READ | Rights.WRITE) | (Rights.EXECUTE if rights & run else Rights.NONE)
+
+
+def _is_there(memory: Memory, address: int) -> bool:
+    """Whether `address` can be read."""
+    try:
+        memory.u8(address)
+    except FaultError:
+        return False
+    return True
