@@ -7,8 +7,10 @@ asked in a thread that is given up when no answer comes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -27,6 +29,8 @@ from engine.errors import (
     NotFoundError,
     TargetBusyError,
 )
+
+log = logging.getLogger(__name__)
 
 KIND = "fuse.cloudfs"
 """The file system type of our mounts."""
@@ -121,6 +125,23 @@ def find_mount(path: str | os.PathLike[str]) -> MountEntry | None:
         if entry.mountpoint == at:
             found = entry
     return found
+
+
+def standing(mountpoint: str) -> list[tuple[bytes, ...]]:
+    """The directories below a mount point in which processes stand, as names from there on.
+
+    Links of /proc are read as text, which waits for nobody; who stands in another mount namespace, or may not be
+    looked at, is not seen.
+    """
+    top = os.fsencode(mountpoint).rstrip(b"/") + b"/"
+    return [tuple(place[len(top) :].split(b"/")) for place in _working_directories() if place.startswith(top)]
+
+
+def _working_directories() -> Iterator[bytes]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                yield os.readlink(b"/proc/%b/cwd" % name.encode())
 
 
 def is_mounted(path: str | os.PathLike[str]) -> bool:
@@ -307,6 +328,7 @@ def prepare(path: str | os.PathLike[str], *, nonempty: bool = False) -> str:
                 f"unmount it with `cloudfs umount {name}`"
             )
         detach(entry.mountpoint)
+        log.warning("a mount of %s was cleared away from %s: its daemon is gone", entry.source, name)
     try:
         mode = os.stat(name).st_mode
         if not st.S_ISDIR(mode):

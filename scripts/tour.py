@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pwd
 import select
@@ -25,6 +26,9 @@ START_SECONDS = 20
 STOP_SECONDS = 15
 SECRET = "the-secret-of-this-tour"
 LINES = 16
+PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
+libc = ctypes.CDLL(None)
 
 
 def fail(sentence: str) -> int:
@@ -57,6 +61,7 @@ def _folder_of_our_own() -> Path:
     with contextlib.suppress(OSError, EngineError):
         if is_mounted(path) and is_dead(str(path)):
             unmount(path)
+            print(f"A mount was cleared away from {path}: its daemon is gone.")
         if not os.path.lexists(path):
             path.mkdir(mode=0o700)
         found = path.lstat()
@@ -76,9 +81,18 @@ def _user() -> str:
 @contextlib.contextmanager
 def mounted(path: Path) -> Iterator[subprocess.Popen[str]]:
     """`cloudfs mount PATH`, unmounted at the end whatever happens."""
+    here = os.getpid()
+
+    def end_with_this_program() -> None:
+        """In the child: a SIGTERM, at which it unmounts, also where this program is killed and can see to nothing."""
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != here:
+            os._exit(1)
+
     # A session of its own: Ctrl-C reaches this program alone, which then unmounts in order.
     server = subprocess.Popen(
         [str(HERE / "cloudfs"), "mount", "--json", str(path)],
+        preexec_fn=end_with_this_program,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

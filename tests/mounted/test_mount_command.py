@@ -409,8 +409,15 @@ def test_over_the_mount_of_a_daemon_that_was_killed_one_can_mount_again(point, i
     with daemon(point, "-o", "noauto_unmount", str(image)) as pid:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not runs(pid), "ended")
-        with daemon(point):
+        done = cloudfs("mount", "--daemon", str(point))
+        try:
+            assert done.returncode == 0
+            assert done.stderr.decode().splitlines() == [
+                f"cloudfs: WARNING: a mount of raw:{image} was cleared away from {point}: its daemon is gone"
+            ]
             assert "native" in os.listdir(point / "os")
+        finally:
+            assert cloudfs("umount", str(point)).returncode == 0
         assert not is_mounted(point)
 
 
