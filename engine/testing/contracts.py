@@ -228,6 +228,7 @@ def check_connector(connector: Connector, truth: Truth) -> None:
     assert info.real_size <= info.size, "there is no more memory than addresses"
     assert info.writable == connector.memory.writable, "info and memory agree on writing"
     assert connector.memory_map.size <= info.size, "the map stays inside"
+    assert connector.lease is None or info.live is not connector.lease.held, "it is live once its lease has ended"
     assert type(connector.memory_map).from_toml(connector.memory_map.to_toml()) == connector.memory_map, "map as TOML"
     assert connector.summary, "a connector has a summary"
     connector.hints()
