@@ -66,10 +66,10 @@ class _Way(ctypes.Structure):
     """`struct shortcut` of the source."""
 
     _fields_ = [
-        ("handle", ctypes.c_uint64), ("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("most", ctypes.c_uint64),
-        ("until", ctypes.c_int64), ("descriptor", ctypes.c_int32), ("pagemap", ctypes.c_int32),
-        ("pid", ctypes.c_int32), ("pidfd", ctypes.c_int32), ("flags", ctypes.c_int32),
-    ]  # fmt: skip
+        *((name, ctypes.c_uint64) for name in ("handle", "base", "size", "mapping", "mapped")),
+        ("until", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("descriptor", "pagemap", "pid", "pidfd", "flags")),
+    ]
 
 
 class NoShimError(Exception):
@@ -134,7 +134,7 @@ class Shim:
         flags = _WRITABLE * way.writable | _NOWAIT * way.nowait
         expires = int(min(way.until, until) * 1e9)
         where = (way.descriptor, way.pagemap, way.pid, way.pidfd)
-        self._set(_Way(handle, way.base, way.size, way.most, expires, *where, flags))
+        self._set(_Way(handle, way.base, way.size, way.mapping, way.mapped, expires, *where, flags))
 
     def reply(self, request: int, offset: int, error: int) -> None:
         """Answer a request, with `error` where that is not 0; from any thread."""

@@ -48,8 +48,6 @@ RUN_GAP = 4096
 """Rows of a column that are nearer to one another are read in one piece."""
 RUN_LIMIT = 1 << 20
 """Bytes of such a piece."""
-SHORTCUT_MOST = 64 << 10
-"""Bytes up to which a copy costs less than asking the file for its size and lending its mapping."""
 LEASED_ROWS = 8192
 """Rows that are gathered from a mapping while a writer waits for the lease: 0.1 ms, from a cold disk a second."""
 
@@ -371,9 +369,12 @@ class FileMemory(Memory):
         descriptor = self._descriptor
         if descriptor is None or self.backing is Backing.REMOTE:
             return None
-        in_memory = self.backing is Backing.MEMORY  # then `borrow` is faster for long pieces
-        most = SHORTCUT_MOST if in_memory else 1 << 20
-        return Shortcut(descriptor, descriptor.number, most, writable=self.writable, nowait=not in_memory)
+        if self.backing is not Backing.MEMORY:
+            return Shortcut(descriptor, descriptor.number, writable=self.writable, nowait=True)
+        mapping = self._mapped(descriptor, 1)
+        start, length = (0, 0) if mapping is None else (mapping[1].ctypes.data, mapping[1].nbytes)
+        keeper = descriptor, mapping
+        return Shortcut(keeper, descriptor.number, writable=self.writable, mapping=start, mapped=length)
 
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""

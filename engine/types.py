@@ -37,8 +37,6 @@ class Shortcut:
 
     keeper: object
     descriptor: int
-    most: int
-    """Bytes of one read above which another way is faster."""
     until: float = float("inf")
     """Seconds of time.monotonic()."""
     base: int = 0
@@ -48,6 +46,11 @@ class Shortcut:
     """pwrite(2) stores too, below the file's end as lseek(2) tells it."""
     nowait: bool = False
     """By preadv2(2) with RWF_NOWAIT: anything else might have to wait."""
+    mapping: int = 0
+    """Where in this program the bytes from 0 to `mapped` stand; 0: nowhere. For system calls alone, and while fstat(2)
+    says that the file is as long and has no hole, see `FileMemory.borrow`.
+    """
+    mapped: int = 0
     pagemap: int = -1
     """Of a process: a piece is read only where the entries of this file say that all of its pages are present."""
     pid: int = 0

@@ -53,7 +53,7 @@ class Plain(OpenFile):
         self.counted = (reads, bytes_read, writes, bytes_written)
 
 
-WAY = Shortcut(KEEPER, 5, 4096)
+WAY = Shortcut(KEEPER, 5)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_all_sizes_at_all_places_are_the_bytes_of_the_file(raw: Mount, image: Pa
             offset = chance.choice([chance.randrange(SIZE), SIZE - size, SIZE - size // 2, SIZE, SIZE + PAGE])
             offset = max(0, offset)
             assert os.pread(file, size, offset) == whole[offset : offset + size]
+
+
+def test_a_hole_of_a_sparse_file_stays_one(raw: Mount, image: Path) -> None:
+    with open(image, "r+b") as file:
+        file.truncate(1 << 20)
+        file.truncate(8 << 20)
+    before = image.stat().st_blocks
+    with opened(raw, PHYS_MEM) as file_descriptor:
+        for size in (8, 4096, 65536, 1 << 20) * 3:
+            assert os.pread(file_descriptor, size, 4 << 20) == bytes(size)
+    assert image.stat().st_blocks == before
+
+
+def test_a_file_that_is_cut_under_its_mapping_costs_nobody_his_life(raw: Mount, image: Path) -> None:
+    with opened(raw, PHYS_MEM) as file:
+        for _ in range(3):
+            assert len(os.pread(file, 1 << 20, 0)) == 1 << 20
+        os.truncate(image, 100)
+        assert len(os.pread(file, 1 << 20, 0)) == 100
+        assert os.pread(file, 1 << 20, 1 << 20) == b""
+    assert raw.daemon.poll() is None
 
 
 def test_a_file_that_is_cut_ends_there_and_one_that_grows_goes_on(raw: Mount, image: Path) -> None:
@@ -241,3 +263,20 @@ def test_python_is_asked_for_few_of_many_reads(tmp_path: Path) -> None:
     served = int(done.stdout)
     require(served, "the shim cannot be compiled here")
     assert served > READS // 2
+
+
+@pytest.mark.parametrize("options", [["--spin", "100"], ["--spin", "100", "--no-shim"]])
+def test_spinning_ends_with_the_activity(options: list[str], image: Path) -> None:
+    with mounted(*options, f"raw:{image}") as mount:
+        with opened(mount, PHYS_MEM) as file:
+            for offset in range(100):
+                os.pread(file, 8, offset)
+
+        def ran() -> int:
+            tasks = Path(f"/proc/{mount.daemon.pid}/task")
+            return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir())
+
+        limit = time.monotonic() + LIMIT
+        while (before := ran()) != (time.sleep(1.5), ran())[1]:
+            assert time.monotonic() < limit, "it never comes to rest"
+        assert ran() == before

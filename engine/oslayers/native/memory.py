@@ -229,7 +229,7 @@ class NativeMemory(Memory):
         if files is None or until is None or files.pagemap < 0:
             return None
         pid = files.pid if files.vectors else 0
-        return Shortcut(files, files.mem, 1 << 20, until, pagemap=files.pagemap, pid=pid, pidfd=files.pidfd)
+        return Shortcut(files, files.mem, until, pagemap=files.pagemap, pid=pid, pidfd=files.pidfd)
 
     def _short(self, address: int, size: int) -> bytes | None:
         """`size` bytes inside of one page that is held, or None where it is not that simple."""
