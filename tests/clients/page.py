@@ -27,7 +27,8 @@ LIMITS = """\
 
 - **Size 0.** `mem`, `new`, `plugins`, `exports` and `imports` say size 0 and have bytes, as files in /proc do. tar,
   rsync, `busybox cat`, `busybox cp` and Python's `shutil.copyfile` believe it and store nothing, without a word;
-  `file` says «empty», `hexdump -s` prints nothing, mmap refuses. Use cat, cp, dd, grep.
+  `file` says «empty», `hexdump -s` prints nothing, mmap refuses. Use cat, cp, dd, grep. Busybox copies with
+  sendfile(2), which Linux ends at the size of a file on FUSE, whatever it would give: `busybox tail -c +1` reads it.
 - **`mem` of a process begins with a hole**, as /proc/PID/mem does: what reads it from its start meets EIO at once.
   strings, hexdump, vim, `perl -ne`, bash's own reading and busybox grep hide that error. Go to an address (`xxd -s`,
   `dd skip=… iflag=skip_bytes`, `tail -c +N`, pread) or use `regions/`, where holes are zeros.
