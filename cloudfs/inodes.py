@@ -26,9 +26,13 @@ AT_REST = 0.05
 class DirectoryRecord:
     """What is remembered of a directory beside its entry."""
 
-    __slots__ = ("children", "directories")
+    __slots__ = ("children", "directories", "keeps", "used")
 
-    def __init__(self) -> None:
+    def __init__(self, used: int) -> None:
+        self.used = used
+        """The round in which it was used last."""
+        self.keeps = False
+        """The kernel caches a file below it for longer than it is open: the pages would go with the name."""
         self.children = 0
         """Entries of the table whose parent this is."""
         self.directories: dict[bytes, Entry] = {}
@@ -40,7 +44,9 @@ class Entry:
 
     __slots__ = ("directory", "identity", "inode", "lookups", "name", "node", "parent")
 
-    def __init__(self, inode: int, identity: Hashable, node: Node, parent: Entry | None, name: bytes) -> None:
+    def __init__(
+        self, inode: int, identity: Hashable, node: Node, parent: Entry | None, name: bytes, used: int = 0
+    ) -> None:
         self.inode = inode
         self.identity = identity
         self.node = node
@@ -49,7 +55,7 @@ class Entry:
         """The directory in which it was seen first."""
         self.name = name
         """What it was called there."""
-        self.directory = DirectoryRecord() if isinstance(node, Directory) else None
+        self.directory = DirectoryRecord(used) if isinstance(node, Directory) else None
 
 
 class InodeTable:
@@ -66,6 +72,9 @@ class InodeTable:
         """Directories, the least recently used first; those already invalidated stand in it no more."""
         self._newest: Entry | None = None
         self._threshold = bound
+        self._round = 0
+        self._named: set[int] = set()
+        """Directories that were invalidated, with those below them; until the kernel has forgotten them."""
 
     def __len__(self) -> int:
         return len(self._by_inode)
@@ -107,7 +116,7 @@ class InodeTable:
         return node if entry is None else entry.node
 
     def _add(self, identity: Hashable, node: Node, parent: Entry, name: bytes) -> Entry:
-        entry = Entry(self._next, identity, node, parent, name)
+        entry = Entry(self._next, identity, node, parent, name, self._round)
         self._next += 1
         self._by_inode[entry.inode] = self._by_identity[identity] = entry
         record = parent.directory
@@ -156,6 +165,15 @@ class InodeTable:
             if self._by_inode.get(above.inode) is above:
                 recency.pop(above.inode, None)
                 recency[above.inode] = above
+                if above.directory is not None:
+                    above.directory.used = self._round
+            above = above.parent
+
+    def keep(self, inode: int) -> None:
+        """Note that the kernel caches this file also while nobody has it open."""
+        above = self.entry(inode).parent
+        while above is not None and above.directory is not None and not above.directory.keeps:
+            above.directory.keeps = True
             above = above.parent
 
     def vanished(self, entry: Entry, names: Container[bytes]) -> list[tuple[int, bytes]]:
@@ -168,7 +186,7 @@ class InodeTable:
             return []
         gone = [name for name in record.directories if name not in names]
         for name in gone:
-            del record.directories[name]
+            self._leave_below(record.directories.pop(name))
         return [(entry.inode, name) for name in gone]
 
     def surplus(self) -> list[tuple[int, bytes]]:
@@ -180,17 +198,16 @@ class InodeTable:
         self._threshold = len(self._by_inode) + self.bound // 10
         return chosen
 
-    def _least_used(self, keep: int, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
+    def _least_used(self, keep: int) -> list[tuple[int, bytes]]:
         """Directories whose invalidation leaves about `keep` entries; they are candidates no more."""
         excess = len(self._by_inode) - keep
         chosen: list[tuple[int, bytes]] = []
         for inode, entry in list(self._recency.items()):
             if excess <= 0:
                 break
-            if inode not in self._recency or inode in spared or entry.parent is None:
-                continue
-            chosen.append((entry.parent.inode, entry.name))
-            excess -= self._leave_below(entry)
+            if inode in self._recency and entry.parent is not None:
+                chosen.append((entry.parent.inode, entry.name))
+                excess -= self._leave_below(entry)
         self._newest = None
         return chosen
 
@@ -201,6 +218,7 @@ class InodeTable:
         while pending:
             at = pending.pop()
             self._recency.pop(at.inode, None)
+            self._named.add(at.inode)
             if at.directory is not None:
                 count += at.directory.children
                 pending += at.directory.directories.values()
@@ -213,20 +231,56 @@ class InodeTable:
         """Whether there are more entries than may stay while nobody asks for any."""
         return self.bound is not None and len(self._by_inode) > self.bound * AT_REST
 
-    def idle(self, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
-        """(parent inode, name) of all directories in use so far, but for the inodes `spared`."""
-        return self._least_used(1, spared)
+    def stale(self, spared: Container[int | None] = (), *, each: bool = False) -> list[tuple[int, bytes]]:
+        """(parent inode, name) of the directories that were not used since the last call; with `each`, of all.
 
-    def remaining(self, spared: Container[int] = ()) -> list[tuple[int, bytes]]:
-        """(parent inode, name) of every entry but the inodes `spared`.
+        But for the inodes `spared`, and those with files that the kernel caches while nobody has them open.
+        """
+        chosen = self._left_over(spared)
+        for inode, entry in list(self._recency.items()):
+            record = entry.directory
+            if record is None or entry.parent is None or (record.used >= self._round and not each):
+                break
+            if inode in self._recency and inode not in spared and not record.keeps:
+                chosen.append((entry.parent.inode, entry.name))
+                self._leave_below(entry)
+        self._round += 1
+        self._newest = None
+        return chosen
+
+    def _left_over(self, spared: Container[int | None]) -> list[tuple[int, bytes]]:
+        """What is in directories that were invalidated before and are not in use, and yet not forgotten.
+
+        They were open when their names went, and what was seen in them later has to be named itself.
+        """
+        known = self._by_inode
+        self._named = {inode for inode in self._named if inode in known}
+        left = {
+            inode
+            for inode in self._named
+            if inode not in spared and (record := known[inode].directory) is not None and record.used < self._round
+        }
+        if not left:
+            return []
+        return [
+            (above.inode, entry.name)
+            for inode, entry in known.items()
+            if (above := entry.parent) is not None and (inode in left or above.inode in left) and inode not in spared
+        ]
+
+    def remaining(self, spared: Container[int | None] = ()) -> list[tuple[int, bytes]]:
+        """(parent inode, name) of every entry but the inodes `spared`, and files that the kernel caches.
 
         Invalidating a directory that is open reaches no more what is seen in it later: that has to be named itself.
         """
         known = self._by_inode
         return [
-            (entry.parent.inode, entry.name)
+            (above.inode, entry.name)
             for inode, entry in known.items()
-            if inode not in spared and entry.parent is not None and known.get(entry.parent.inode) is entry.parent
+            if inode not in spared
+            and (above := entry.parent) is not None
+            and known.get(above.inode) is above
+            and not (above.directory is not None and above.directory.keeps)
         ]
 
     def inode_at(self, names: Iterable[bytes]) -> int | None:

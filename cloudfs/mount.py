@@ -7,6 +7,7 @@ process is the mount's for as long as it serves: pyfuse3 has one session per pro
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -173,6 +174,7 @@ async def _serve(
         signals = stack.enter_context(_signals())
         seeks = stack.enter_context(_seeking(operations))
         stack.enter_context(connection.open(operations, where, words))
+        operations.places = functools.partial(mountpoints.standing, where)
         stack.enter_context(serving.announced(connection.device))
         if options.fast_loop:
             wait = _eager_wait(operations, options.spin)
@@ -185,7 +187,7 @@ async def _serve(
         nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
         stack.enter_context(connection.noticed(nursery.cancel_scope.cancel))
         stack.enter_context(_collector_spared())
-        rest = Rest(operations, watchdog, connection, options.rest_after)
+        rest = Rest(operations, watchdog, options.rest_after)
         watchdog.idle = rest.fell_idle
         nursery.start_soon(rest.run)
         nursery.start_soon(_begin, operations, connection, ready)
@@ -314,11 +316,6 @@ class Connection:
     def __init__(self) -> None:
         self.entry: MountEntry | None = None
         self._descriptor: int | None = None
-
-    @property
-    def mountpoint(self) -> str | None:
-        """Where it is mounted, while it is."""
-        return None if self.entry is None else self.entry.mountpoint
 
     @contextlib.contextmanager
     def open(self, operations: TreeOperations, where: str, words: set[str]) -> Iterator[None]:

@@ -61,6 +61,8 @@ MAX_SIZE = (1 << 63) - 1
 MAX_LINK = 4095
 """Bytes of a link's text: PATH_MAX without its NUL."""
 DOTS = (b".", b"..")
+ROUND = 30.0
+"""Seconds after which, where many nodes are known, directories that nobody used in them are forgotten."""
 READDIR_BATCH = 256
 """Children whose attributes are asked for in one thread; a readdir reply holds about 200."""
 RELEASE = operator.methodcaller("release")
@@ -177,6 +179,9 @@ class TreeOperations(pyfuse3.Operations):
         self._invalidate = invalidate or _invalidate
         self._readdir_reply = readdir_reply
         self._reraise = reraise
+        self.places: Callable[[], Iterable[tuple[bytes, ...]]] = tuple
+        """The directories in which processes stand, as names from the root on."""
+        self._next_round = 0.0
         self._handles: dict[int, Handle] = {}
         self._leased = LeasedFiles(self._expire, invalidate_inode, self.inodes.__contains__)
         self._listings: dict[int, Listing] = {}
@@ -275,20 +280,31 @@ class TreeOperations(pyfuse3.Operations):
     def _shrink(self) -> None:
         for parent, name in self.inodes.surplus():
             self._invalidate(parent, name)
+        now = time.monotonic()
+        if now >= self._next_round:
+            self._next_round = now + ROUND
+            if self.inodes.above_rest:
+                self.forget_stale()
 
-    def forget_idle(self, places: Iterable[tuple[bytes, ...]], *, each: bool) -> None:
-        """Ask the kernel to forget directories with all below them, or `each` node that is left by its own name.
+    def forget_stale(self, *, each: bool = False) -> None:
+        """Ask the kernel to forget directories that nobody used since this was called last; with `each`, all."""
+        for parent, name in self.inodes.stale(self._in_use(), each=each):
+            self._invalidate(parent, name)
 
-        Not what is open, and not the directories at `places`, given as names from the root on: their names must
-        stay valid, or getcwd(2) fails there and /proc says of open files that they were deleted.
+    def forget_remaining(self) -> None:
+        """Ask the kernel to forget every node by its own name."""
+        for parent, name in self.inodes.remaining(self._in_use()):
+            self._invalidate(parent, name)
+
+    def _in_use(self) -> set[int | None]:
+        """What is open, and the directories in which processes stand.
+
+        Their names must stay valid: else getcwd(2) fails there, and /proc says of open files that they were deleted.
         """
         inodes = self.inodes
-        spared = {inodes.inode_at(names) for names in places}
-        spared |= {inodes.inode_of(handle.node) for handle in self._handles.values()}
-        spared |= {listing.entry.inode for listing in self._listings.values()}
-        numbers = {inode for inode in spared if inode is not None}
-        for parent, name in inodes.remaining(numbers) if each else inodes.idle(numbers):
-            self._invalidate(parent, name)
+        used = {inodes.inode_at(names) for names in self.places()}
+        used |= {inodes.inode_of(handle.node) for handle in self._handles.values()}
+        return used | {listing.entry.inode for listing in self._listings.values()}
 
     def rest(self) -> None:
         """Let go of what is kept for the next request alone."""
@@ -521,6 +537,8 @@ class TreeOperations(pyfuse3.Operations):
         self._last_handle += 1
         number = self._last_handle | FLUSHED if node.takes_commands else self._last_handle
         self._handles[number] = Handle(node, file)
+        if file.keep_cache and not file.direct_io:
+            self.inodes.keep(inode)
         return FileInfo(fh=number, direct_io=file.direct_io, keep_cache=file.keep_cache)
 
     def _withdraw(self, fh: int | None = None) -> None:
@@ -536,6 +554,7 @@ class TreeOperations(pyfuse3.Operations):
         for handle in self._handles.values():
             if handle.file.lease is lease:
                 handle.file = Expired(handle.file)
+        self._withdraw()
 
     def handle(self, fh: int) -> Handle:
         """An open file; OSError(EBADF) where there is none."""

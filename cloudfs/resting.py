@@ -15,8 +15,7 @@ import ctypes
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 import trio
 
@@ -31,27 +30,15 @@ SETTLED = 40
 """Looks at the most."""
 
 
-class Mounted(Protocol):
-    """Where it is mounted."""
-
-    @property
-    def mountpoint(self) -> str | None:
-        """The path, or None where it is not known."""
-
-
 class Rest:
-    """Gives memory back whenever `fell_idle` was called and nothing was asked for `after` seconds since.
+    """Gives memory back whenever `fell_idle` was called and nothing was asked for `after` seconds since."""
 
-    `place` tells the mount point.
-    """
-
-    def __init__(self, operations: TreeOperations, watchdog: Watchdog, place: Mounted, after: float) -> None:
+    def __init__(self, operations: TreeOperations, watchdog: Watchdog, after: float) -> None:
         self.after = after
         self.count = 0
         """Rests so far."""
         self._operations = operations
         self._watchdog = watchdog
-        self._place = place
         self._idle = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._resident = 0
@@ -94,8 +81,8 @@ class Rest:
 
     async def _forget(self) -> None:
         inodes = self._operations.inodes
-        for each in (False, True):
-            self._operations.forget_idle(standing(self._place.mountpoint), each=each)
+        for ask in (functools.partial(self._operations.forget_stale, each=True), self._operations.forget_remaining):
+            ask()
             for _ in range(SETTLED):
                 before = len(inodes)
                 await trio.sleep(SETTLING)
@@ -118,22 +105,3 @@ def give_back() -> Callable[[], object]:
     """What gives free memory of the C library's heaps back to the system: malloc_trim(3), which glibc alone has."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return (lambda: None) if trim is None else functools.partial(trim, 0)
-
-
-def standing(mountpoint: str | None) -> list[tuple[bytes, ...]]:
-    """The directories below a mount point in which processes stand, as names from there on.
-
-    Their names must stay valid: getcwd(2) fails in a directory whose name was invalidated. Links of /proc are read as
-    text, which waits for nobody; who stands in another mount namespace, or may not be looked at, is not seen.
-    """
-    if mountpoint is None:
-        return []
-    top = os.fsencode(mountpoint).rstrip(b"/") + b"/"
-    return [tuple(place[len(top) :].split(b"/")) for place in _working_directories() if place.startswith(top)]
-
-
-def _working_directories() -> Iterator[bytes]:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                yield os.readlink(b"/proc/%b/cwd" % name.encode())

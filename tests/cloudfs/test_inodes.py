@@ -174,14 +174,46 @@ def test_the_directories_below_a_surplus_one_are_not_named_with_it() -> None:
     table.check()
 
 
-def test_all_directories_but_those_that_are_spared_are_idle() -> None:
+def test_directories_that_were_not_used_since_the_last_call_are_stale() -> None:
+    table = table_of(bound=100)
+    directories = add_directories(table, 4, 0)
+    assert table.stale() == []
+    table.touch(directories[2])
+    table.touch(directories[0])
+    assert table.stale() == [(1, b"1"), (1, b"3")]
+    for number in (1, 3):
+        table.forget(directories[number].inode, 1)
+    table.touch(directories[0])
+    assert table.stale() == [(1, b"2")]
+    table.forget(directories[2].inode, 1)
+    assert table.stale(each=True) == [(1, b"0")]
+    table.check()
+
+
+def test_what_was_seen_in_a_directory_after_its_name_went_is_named_itself_when_nobody_uses_it_any_more() -> None:
+    table = table_of(bound=100)
+    directory = add_directories(table, 1, 2)[0]
+    assert table.vanished(table.root, set()) == [(1, b"0")]
+    table.remember(directory, b"late", Text("late", ""))
+    table.touch(directory)
+    assert table.stale() == []
+    assert set(table.stale()) == {(directory.inode, name) for name in (b"0", b"1", b"late")} | {(1, b"0")}
+    table.check()
+
+
+def test_what_is_spared_or_holds_cached_files_is_not_stale() -> None:
     table = table_of(bound=100)
     directories = add_directories(table, 3, 2)
-    assert table.above_rest
+    below = add_directories(table, 2, 1, directories[2])
+    cached = table.remember(below[1], b"file", Text("cached", ""))
+    table.keep(cached.inode)
     spared = table.inode_at([b"1"])
     assert spared == directories[1].inode
-    assert table.idle({spared}) == [(1, b"0"), (1, b"2")]
-    assert table.idle({spared}) == []
+    assert set(table.stale({spared}, each=True)) == {(1, b"0"), (directories[2].inode, b"0")}
+    assert (below[1].inode, b"file") not in table.remaining()
+    assert {(directories[1].inode, b"0"), (directories[2].inode, b"0")} & set(table.remaining()) == {
+        (directories[1].inode, b"0")
+    }
     table.check()
 
 
@@ -225,7 +257,7 @@ def test_a_compact_table_is_the_same_table() -> None:
     assert len(table) == size
     assert table.entry(directories[0].inode) is directories[0]
     table.touch(directories[0])
-    assert table.idle() == [(1, b"0")]
+    assert table.stale(each=True) == [(1, b"0")]
 
 
 def test_check_names_an_inconsistency() -> None:

@@ -13,7 +13,7 @@ import pytest
 from support import require
 
 from cloudfs import mountpoint as mountpoints
-from cloudfs.mountpoint import MountError, find_mount, is_dead, is_mounted, mounts, prepare, resolve, unmount
+from cloudfs.mountpoint import MountError, find_mount, is_dead, is_mounted, mounts, prepare, resolve, standing, unmount
 from engine.errors import InvalidArgumentError, NotFoundError
 
 
@@ -141,3 +141,16 @@ def test_who_uses_a_directory_is_named(tmp_path: Path) -> None:
     with (tmp_path / "x").open("w"):
         assert f"{os.getpid()} (" in mountpoints._by_whom(str(tmp_path))
     assert mountpoints._by_whom(str(tmp_path)) == ""
+
+
+def test_where_processes_stand_is_found_by_names_below_the_mount_point(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b c"
+    place.mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], cwd=place, stdin=subprocess.PIPE)
+    try:
+        assert standing(str(tmp_path)) == [(b"a", b"b c")]
+        assert standing(f"{tmp_path}/a") == [(b"b c",)]
+        assert standing(f"{tmp_path}/a/b") == []
+        assert (*os.fsencode(tmp_path).split(b"/")[1:], b"a", b"b c") in standing("/")
+    finally:
+        process.communicate(timeout=10)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,30 +40,12 @@ def test_free_memory_of_the_heap_goes_back_to_the_system() -> None:
     libc.free(ctypes.c_void_p(blocks[-1]))
 
 
-def test_where_processes_stand_is_found_by_names_below_the_mount_point(tmp_path: Path) -> None:
-    place = tmp_path / "a" / "b c"
-    place.mkdir(parents=True)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], cwd=place, stdin=subprocess.PIPE)
-    try:
-        assert resting.standing(str(tmp_path)) == [(b"a", b"b c")]
-        assert resting.standing(f"{tmp_path}/a") == [(b"b c",)]
-        assert resting.standing(f"{tmp_path}/a/b") == []
-        assert (*os.fsencode(tmp_path).split(b"/")[1:], b"a", b"b c") in resting.standing("/")
-        assert resting.standing(None) == []
-    finally:
-        process.communicate(timeout=10)
-
-
 class Asleep(Watchdog):
     """A watchdog that is asleep as long as it is told to be."""
 
     def __init__(self) -> None:
         super().__init__(lambda: None)
         self.asleep = True
-
-
-class Nowhere:
-    mountpoint = None
 
 
 async def told_of_idleness(files: int, *, busy: bool, resident: int) -> tuple[int, list[tuple[int, bytes]], float]:
@@ -85,7 +64,7 @@ async def told_of_idleness(files: int, *, busy: bool, resident: int) -> tuple[in
     above = (await operations.lookup(1, b"all", None)).st_ino
     for name in children:
         await operations.lookup(above, name.encode(), None)
-    rest = resting.Rest(operations, watchdog, Nowhere(), 10.0)
+    rest = resting.Rest(operations, watchdog, 10.0)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rest.run)

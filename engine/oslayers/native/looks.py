@@ -21,7 +21,7 @@ AGE = 1.0
 all that is believed wrongly meanwhile may hold up who believes it. 60,000 mappings take 35 ms of CPU time.
 """
 COUNT = 4096
-"""Processes of which the last look is kept."""
+"""Processes of which the last look is kept, while it is believed."""
 
 _Key = tuple[str, int, int]
 
@@ -58,11 +58,11 @@ class Looks:
         except (EngineError, OSError):
             devices = {}
         answer = may_wait(devices, lambda: directory.read_unchecked("mountinfo"))
-        key = _key(directory)
+        key, now = _key(directory), time.monotonic()
         with self._lock:
             self._found.pop(key, None)
-            self._found[key] = (time.monotonic() + AGE, answer)
-            while len(self._found) > COUNT:
+            self._found[key] = (now + AGE, answer)
+            while len(self._found) > COUNT or next(iter(self._found.values()))[0] < now:
                 del self._found[next(iter(self._found))]
         return answer
 
