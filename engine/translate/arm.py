@@ -141,7 +141,7 @@ def _short_leaf(
     Where SCTLR.AFE is set (`flag`), AP[0] is the access flag (B3.7.1).
     AP = 010 lets PL0 only read, which these rights cannot say: WRITE is the kernel's there.
     """
-    ap0, ap1, ap2 = 1 << ap, 2 << ap, 1 << ap2
+    ap0, ap1, ap2, ng = 1 << ap, 2 << ap, 1 << ap2, 1 << ng
     some = (0,) if flag else (ap0, ap1)  # any of these set: PL1 may read
     xn = never & ~1 if page_bits >= 20 else never  # of sections bit 0 is PXN, which is PL1's alone
     rights: list[RightRow] = []
