@@ -187,12 +187,25 @@ def _whole(memory: Memory, address: int, head: bytes) -> bytes:
 
 def _hits(memory: Memory, start: int, stop: int | None) -> Iterator[int]:
     """The pages whose first eight bytes begin one of the forms."""
+    for addresses in _batches(memory, start, stop):
+        for row in np.flatnonzero(_begins(memory, addresses)).tolist():
+            yield int(addresses[row])
+
+
+def _batches(memory: Memory, start: int, stop: int | None) -> Iterator[npt.NDArray[np.uint64]]:
+    """The addresses of the pages that hold data, many at once: a sparse image has hundreds of small extents."""
+    waiting: list[npt.NDArray[np.uint64]] = []
+    count = 0
     for extent in memory.extents(start, stop):
         first = -(-extent.start // PAGE) * PAGE
         for piece in range(first, extent.stop - 7, PAGE * _PAGES_AT_ONCE):
-            addresses = np.arange(piece, min(piece + PAGE * _PAGES_AT_ONCE, extent.stop - 7), PAGE, dtype=np.uint64)
-            for row in np.flatnonzero(_begins(memory, addresses)).tolist():
-                yield int(addresses[row])
+            waiting.append(np.arange(piece, min(piece + PAGE * _PAGES_AT_ONCE, extent.stop - 7), PAGE, dtype=np.uint64))
+            count += len(waiting[-1])
+            if count >= _PAGES_AT_ONCE:
+                yield np.concatenate(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _begins(memory: Memory, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

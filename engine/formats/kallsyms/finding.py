@@ -1,0 +1,178 @@
+r"""Finding the tables of kallsyms in a kernel's image by their shape alone (kernel/kallsyms.c, scripts/kallsyms.c).
+
+Each step stands on the one before, and leaves one place where there could have been thousands:
+
+    token_table     256 strings, of which the digits stand for themselves: "0\0" "1\0" … "9\0"
+    token_index     256 u16 behind it: where each string begins
+    markers         below it, 0 and then growing: where in `names` every 256th symbol begins
+    num_syms, names below them: a number that fits the count of markers, then as many symbols as it says
+
+Since Linux 6.4 the addresses stand behind token_index, before that in front of num_syms: that is no concern here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import BadDataError, FaultError
+from engine.formats.kallsyms.names import STEP, Starts, symbol_starts
+from engine.formats.search import find_all
+from engine.memory import Memory
+
+TOKENS = 256
+SYMBOL_LIMIT = 1 << 22
+"""Symbols of a kernel; the largest have half a million."""
+LONGEST_STEP = STEP * 514
+"""Bytes that 256 symbols can take: KSYM_NAME_LEN is 512 at the most."""
+
+_DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
+_FIRST_DIGIT = ord("0")
+_TABLE_LIMIT = 1 << 14
+"""Bytes of the token table; kernels need one to three thousand."""
+_MARKER_ROOM = (1 << 20, 8 << 20)
+"""How far below the token table markers are looked for: at first, then."""
+_HIT_LIMIT = 256
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Where the tables lie, as addresses of the memory they were found in."""
+
+    order: str
+    count: int
+    """Symbols."""
+    count_address: int
+    """Where the 32-bit word lies that says so."""
+    names: int
+    markers: int
+    marker_size: int
+    """4; 8 on 64-bit kernels before Linux 4.20."""
+    token_table: int
+    token_index: int
+    starts: Starts = field(compare=False, repr=False)
+    """Where in `names` each symbol begins."""
+
+    @property
+    def behind(self) -> int:
+        """The first address behind token_index."""
+        return self.token_index + 2 * TOKENS
+
+
+def find_tables(memory: Memory, start: int = 0, stop: int | None = None) -> Iterator[Tables]:
+    """The sets of tables in [start, stop), ascending; dead copies of single tables are passed over."""
+    for hit in find_all(memory, [_DIGITS], start, stop, limit=_HIT_LIMIT):
+        for order, table, index in _token_tables(memory, hit):
+            for room in _MARKER_ROOM:
+                found = _tables_below(memory, order, table, index, max(start, table - room))
+                if found is not None:
+                    yield found
+                    break
+
+
+def tokens_of(memory: Memory, tables: Tables) -> list[bytes]:
+    """The 256 tokens. Raises FaultError, or BadDataError where they are no longer as they were found."""
+    size = tables.token_index - tables.token_table
+    found = memory.read(tables.token_table, size).split(b"\0", TOKENS)
+    if len(found) <= TOKENS:
+        raise BadDataError(tables.token_table, detail="fewer than 256 tokens")
+    return found[:TOKENS]
+
+
+def _token_tables(memory: Memory, hit: int) -> Iterator[tuple[str, int, int]]:
+    """Byte order, start of the token table and of its index, where the digits at `hit` belong to one."""
+    low = max(0, hit - _TABLE_LIMIT)
+    data = memory.read_padded(low, min(hit + _TABLE_LIMIT + 1024, memory.size) - low)
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
+    first = int(np.searchsorted(ends, hit - low))
+    behind = TOKENS - _FIRST_DIGIT
+    if first + behind > len(ends):
+        return
+    stop = int(ends[first + behind - 1]) + 1
+    digits = np.concatenate(([hit - low], ends[first : first + behind - 1] + 1))
+    for at in range(stop + (stop + low & 1), stop + 16, 2):
+        for order in "<>":
+            if at + 2 * TOKENS > len(data):
+                continue
+            index = np.frombuffer(data, order + "u2", TOKENS, at).astype(np.int64)
+            table = hit - low - int(index[_FIRST_DIGIT])
+            if index[0] == 0 <= table and np.array_equal(index[_FIRST_DIGIT:] + table, digits):
+                starts = np.concatenate(([table], ends[np.searchsorted(ends, table) :][: TOKENS - 1] + 1))
+                if np.array_equal(starts, index + table):
+                    yield order, low + table, low + at
+                    return
+
+
+def _tables_below(memory: Memory, order: str, table: int, index: int, low: int) -> Tables | None:
+    """The tables that stand below a token table, their markers from `low` on; None where there are none."""
+    low += -low % 8
+    data = memory.read_padded(low, (table - low) // 8 * 8 + 4)
+    for marker_size in (4, 8):
+        for at, markers in _marker_runs(data, order, marker_size):
+            found = _count_and_names(memory, order, low + at, markers)
+            if found is not None:
+                count_address, names, starts = found
+                count = len(starts.rows)
+                return Tables(order, count, count_address, names, low + at, marker_size, table, index, starts)
+    return None
+
+
+def _marker_runs(data: bytes, order: str, size: int) -> Iterator[tuple[int, Array]]:
+    """Runs of words that begin with 0 and grow as markers do, the longest first: offset, values."""
+    words = np.frombuffer(data, f"{order}u{size}", len(data) // size).astype(np.int64)
+    steps = np.diff(words)
+    grows = (steps >= 2 * STEP) & (steps <= LONGEST_STEP)
+    heads = np.flatnonzero((words[:-1] == 0) & grows)
+    breaks = np.append(np.flatnonzero(~grows), len(grows))
+    lengths = breaks[np.searchsorted(breaks, heads)] - heads + 1
+    for row in np.argsort(-lengths, kind="stable")[:64].tolist():
+        head, length = int(heads[row]), int(lengths[row])
+        if length >= 3:
+            yield head * size, words[head : head + length]
+
+
+def _count_and_names(memory: Memory, order: str, markers_at: int, run: Array) -> tuple[int, int, Starts] | None:
+    """Where the number of symbols stands, where their names begin, and where each of them does."""
+    for markers in (run, run[:-1], run[:-2]):  # by chance what follows may look like one more
+        length = len(markers)
+        if length < 2:
+            return None
+        stop = markers_at - int(markers[-1])
+        low = max(0, (stop - LONGEST_STEP - 16) // 4 * 4)
+        if stop <= low:
+            continue
+        words = np.frombuffer(memory.read_padded(low, (stop - low) // 4 * 4), order + "u4")
+        fits = (words > STEP * (length - 1)) & (words <= min(STEP * length, SYMBOL_LIMIT))
+        for at in (low + 4 * np.flatnonzero(fits)).tolist():
+            for gap in (4, 8):
+                starts = _fit(memory, at + gap, markers_at, int(words[(at - low) // 4]), markers)
+                if starts is not None:
+                    return at, at + gap, starts
+    return None
+
+
+def _fit(memory: Memory, names: int, stop: int, count: int, markers: Array) -> Starts | None:
+    """Where each symbol begins, if the names from an address on lead to every marker and end before the first."""
+    size = stop - names
+    if size <= int(markers[-1]) or size > int(markers[-1]) + LONGEST_STEP:
+        return None
+    head = memory.read_padded(names, min(int(markers[1]) + 2, size))
+    at = 0
+    for _ in range(STEP):
+        if at + 1 >= len(head):
+            return None
+        length = head[at]
+        at += 2 + ((length & 0x7F) | head[at + 1] << 7) if length & 0x80 else 1 + length
+    if at != int(markers[1]):
+        return None
+    try:
+        starts = symbol_starts(np.frombuffer(memory.read(names, size), np.uint8), markers, count)
+    except (BadDataError, FaultError):
+        return None
+    return starts if size - starts.stop < 16 else None
