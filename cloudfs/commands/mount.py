@@ -80,7 +80,13 @@ def configure(parser: Parser) -> None:
     )
     add("--nonempty", action="store_true", help="mount over a directory that has something in it")
     add("--timeout", type=float, default=30.0, metavar="SECONDS", help="no request waits for longer (30)")
-    add("--spin", type=float, default=0.0, metavar="MICROSECONDS", help="poll so long before sleeping (0)")
+    add(
+        "--spin",
+        type=float,
+        default=0.0,
+        metavar="MICROSECONDS",
+        help="after a request, poll so long for the next: faster from another CPU, for a CPU kept busy meanwhile (0)",
+    )
     add("--stock-loop", action="store_true", help="trio's own primitives instead of faster ones")
     add("--no-shim", action="store_true", help="do without C: holes are read as zeros (also: CLOUDFS_SHIM=0)")
     add("--self-check", action="store_true", help="check the table of inodes at the end")

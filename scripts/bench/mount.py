@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import figures
+from harness import figures, overtime
 from harness.daemons import holding, mounted, set_read_ahead
 from harness.figures import GIB, MIB, Amounts
 from harness.machine import (
@@ -32,9 +32,10 @@ from harness.machine import (
     unwinding_on_signals,
 )
 from harness.runs import DISTURBED, Line, Runner, Side
-from harness.table import Table, missed
+from harness.table import Table, at_most, missed
 
 C, STOCK, CLOUDFS, AGAIN = "C libfuse", "--stock-loop", "cloudfs", "C again"
+SPINNING = f"--spin {figures.SPIN}"
 TMPFS, PROC, REMOTE = "tmpfs", "/proc/PID/mem", "C vm_readv"
 FILE_SEED, HOLDER_SEED = 1, 2
 ENTRIES = 10_000
@@ -66,18 +67,19 @@ class Bench:
     def sides(self, label: str, yardstick: Mount, subject: Mount, start: int = 0) -> list[Side]:
         """C and what is compared with it, mounted until the section ends."""
         command = [self.tools.baseline_fs, *yardstick.words]
-        found = [self._side(label, C, command, yardstick, start)]
+        found = [self.side(label, C, command, yardstick, start)]
         for name in self.names:
             if self.noise:
-                found.append(self._side(label, name, command, yardstick, start))
+                found.append(self.side(label, name, command, yardstick, start))
             else:
                 options = ["--stock-loop"] if name == STOCK else []
                 program = subject.program or [cloudfs_program(), "mount"]
                 words = [*program, *options, *subject.words]
-                found.append(self._side(label, name, words, subject, start))
+                found.append(self.side(label, name, words, subject, start))
         return found
 
-    def _side(self, label: str, name: str, command: Sequence[object], mount: Mount, start: int) -> Side:
+    def side(self, label: str, name: str, command: Sequence[object], mount: Mount, start: int = 0) -> Side:
+        """One of them."""
         point = self.directory / f"{label}-{name.strip('-').replace(' ', '-').lower()}"
         words = [str(word) for word in (*command, point)]
         daemon = self.stack.enter_context(mounted(name, words, point, self.runner.cpu))
@@ -122,11 +124,40 @@ def raw_section(bench: Bench) -> None:
         bench.check(side, "direct", bench.size, FILE_SEED)
     for work in figures.reading_works("direct", bench.size, bench.amounts):
         bench.runner.measure(work, sides)
-    bench.runner.measure(figures.clients_work("direct", bench.size, bench.amounts), sides)
+    for work in figures.clients_works("direct", bench.size, bench.amounts):
+        bench.runner.measure(work, sides)
     bench.compare(f"phys_mem of a raw file of {bench.size >> 20} MiB, direct I/O", C, figures.raw_lines)
     if STOCK in bench.names:
         lines = figures.loop_lines()
         bench.tables.append(bench.runner.table("The fast loop against the stock loop", STOCK, CLOUDFS, lines))
+
+
+def apart_section(bench: Bench) -> None:
+    """The same from another CPU: each request wakes the daemon's, each answer the client's."""
+    if bench.runner.other_cpu is None:
+        bench.runner.say("another CPU: nothing is pinned, or there is no other")
+        return
+    size = min(bench.size, 256 * MIB)
+    file = bench.file("file-apart", size)
+    mount = Mount("direct", "connector/raw/phys_mem", [f"raw:{file}"])
+    sides = bench.sides("apart", Mount("direct", "direct", ["--file", file]), mount)
+    command = [cloudfs_program(), "mount", "--spin", figures.SPIN, *mount.words]
+    sides.append(bench.side("apart", SPINNING, command, mount))
+    for side in sides:
+        bench.check(side, "direct", size, FILE_SEED)
+    for work in figures.apart_works("direct", size, bench.amounts):
+        bench.runner.measure(work, sides)
+    title = "phys_mem of a raw file, read from another CPU"
+    bench.compare(title, C, lambda _stock: figures.apart_lines(None))
+    bench.tables.append(bench.runner.table(title, C, SPINNING, figures.apart_lines(at_most(0.6))))
+
+
+def time_section(bench: Bench) -> None:
+    """Memory and CPU of the daemon at the beginning and at the end of many rounds of mixed work, and at rest."""
+    holder = bench.stack.enter_context(holding(bench.tools, 16 * MIB, HOLDER_SEED))
+    path = f"os/processes/{holder.pid}/mem"
+    side = bench.side("time", CLOUDFS, [cloudfs_program(), "mount"], Mount("memory", path, []), holder.address)
+    bench.tables += overtime.tables(bench.runner, side, holder, bench.amounts)
 
 
 def cache_section(bench: Bench) -> None:
@@ -216,10 +247,12 @@ def native_section(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "raw": raw_section,
+    "apart": apart_section,
     "cache": cache_section,
     "write": write_section,
     "names": names_section,
     "native": native_section,
+    "time": time_section,
 }
 
 

@@ -89,6 +89,8 @@ class Work:
     key: str
     words: Callable[[Side], Sequence[object]]
     pinned: bool = True
+    apart: bool = False
+    """The client runs on another CPU than the daemon."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ class Runner:
         """The largest share of the CPU that others had during a run that was kept."""
         return max((s.disturbance for kept in self.samples.values() for s in kept), default=0.0)
 
+    @property
+    def other_cpu(self) -> int | None:
+        """A CPU beside the one of the daemons; None where there is none, or nothing is pinned."""
+        if self.cpu is None:
+            return None
+        return min(os.sched_getaffinity(0) - {self.cpu}, default=None)
+
     def measure(self, work: Work, sides: Sequence[Side]) -> None:
         """One run each to warm up, then `rounds` times every side in turn."""
         self.say(f"{work.key}: {', '.join(side.name for side in sides)}")
@@ -138,17 +147,18 @@ class Runner:
         return min(found, key=lambda sample: sample.disturbance)
 
     def _once(self, work: Work, side: Side) -> Sample:
-        cpu = self.cpu if work.pinned else None
+        cpu = self.other_cpu if work.apart else self.cpu if work.pinned else None
+        watched = {cpu, self.cpu} - {None} if work.pinned else set()
         with contextlib.ExitStack() as stack:
             if self.cpu is not None and not work.pinned and side.daemon is not None:
                 stack.enter_context(_roaming(side.daemon.pid, self.cpu))
-            began, busy = time.perf_counter(), 0.0 if cpu is None else busy_seconds(cpu)
+            began, busy = time.perf_counter(), sum(map(busy_seconds, watched))
             served = _served(side)
             answer = self.client(work.words(side), cpu, side.daemon)
             served = _served(side) - served
             wall = time.perf_counter() - began
         ours = answer["cpu"] / 1e9 + served
-        other = 0.0 if cpu is None else max(0.0, busy_seconds(cpu) - busy - ours)
+        other = max(0.0, sum(map(busy_seconds, watched)) - busy - ours) if watched else 0.0
         return Sample(
             operations=int(answer["operations"]),
             size=int(answer["bytes"]),
@@ -157,7 +167,7 @@ class Runner:
             p90=answer["p90"] / 1e9,
             p99=answer["p99"] / 1e9,
             daemon=served,
-            disturbance=other / wall,
+            disturbance=other / wall / max(1, len(watched)),
         )
 
     def client(self, words: Sequence[object], cpu: int | None, daemon: Daemon | None) -> dict[str, float]:
