@@ -25,6 +25,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
         "raw": "engine.connectors.raw:RawConnector",
     },
     "oslayer": {
+        "linux": "engine.oslayers.linux:LinuxLayer",
         "native": "engine.oslayers.native:NativeLayer",
         "raw-dtb": "engine.oslayers.raw_dtb:RawDtbLayer",
     },

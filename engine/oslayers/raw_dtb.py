@@ -16,15 +16,13 @@ from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError, 
 from engine.memory import Memory
 from engine.numbers import parse_number
 from engine.oslayer import Base, Options, OsLayer, PhysicalMaps, Process
-from engine.translate.maps import coalesced
+from engine.translate.maps import regions
 from engine.translate.mmu import Root
 from engine.translate.modes import roots_for
 from engine.translate.virtual import VirtualMemory
-from engine.types import OsInfo, PageFlags, PhysicalMap, ProcessInfo, Region, Rights
+from engine.types import OsInfo, PhysicalMap, ProcessInfo, Region
 
 PID = 1
-REGION_LIMIT = 1 << 20
-"""Ranges that are told; hostile page tables may hold more."""
 
 
 class RawDtbLayer(OsLayer):
@@ -122,29 +120,11 @@ class AddressSpace(Process, PhysicalMaps):
 
     def regions(self) -> Iterator[Region]:
         """See `Process.regions`: what the page tables map, joined where rights are equal."""
-        return regions_of(self._memory)
+        return regions(self._memory.translation_blocks())
 
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """See `PhysicalMaps.physical_maps`."""
         return self._memory.physical_maps()
-
-
-def regions_of(memory: VirtualMemory) -> Iterator[Region]:
-    """The mapped ranges of an address space by its page tables alone, at most a million."""
-    count = 0
-    for runs in coalesced(memory.translation_blocks(), frames=False):
-        columns = (runs.starts.tolist(), runs.sizes.tolist(), runs.rights.tolist(), runs.flags.tolist())
-        for start, size, rights, flags in zip(*columns, strict=True):
-            yield Region(start, size, Rights.NONE if flags & PageFlags.INACCESSIBLE.value else _seen(Rights(rights)))
-            count += 1
-            if count >= REGION_LIMIT:
-                return
-
-
-def _seen(rights: Rights) -> Rights:
-    """Rights as /proc/PID/maps has them: who runs in user mode asks for user execution, a kernel for its own."""
-    run = Rights.USER_EXECUTE if rights & Rights.USER else Rights.EXECUTE
-    return rights & (Rights.READ | Rights.WRITE) | (Rights.EXECUTE if rights & run else Rights.NONE)
 
 
 def _is_there(memory: Memory, address: int) -> bool:

@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from engine.memory import Addresses
 from engine.translate.bulk import Blocks
-from engine.types import ADDRESS_SPACE, Extent, PageFlags, PhysicalMap, Rights
+from engine.types import ADDRESS_SPACE, Extent, PageFlags, PhysicalMap, Region, Rights
+
+REGION_LIMIT = 1 << 20
+"""Ranges that are told one by one."""
 
 _KEPT_FLAGS = np.uint8((PageFlags.GLOBAL | PageFlags.INACCESSIBLE | PageFlags.TRANSITION).value)
 """Flags by which runs are told apart; accessed and dirty change from page to page."""
@@ -96,6 +99,27 @@ def physical_maps(chunks: Iterable[Blocks]) -> Iterator[PhysicalMap]:
         )
         for start, size, physical, bits, rights, flags in columns:
             yield PhysicalMap(start, size, physical, 1 << bits, Rights(rights), PageFlags(flags))
+
+
+def regions(chunks: Iterable[Blocks], limit: int = REGION_LIMIT) -> Iterator[Region]:
+    """The ranges of an address space by its page tables alone, joined where rights are equal.
+
+    At most `limit`: hostile page tables may hold more. Rights are as /proc/PID/maps has them.
+    """
+    count = 0
+    for runs in coalesced(chunks, frames=False):
+        columns = (runs.starts.tolist(), runs.sizes.tolist(), runs.rights.tolist(), runs.flags.tolist())
+        for start, size, rights, flags in zip(*columns, strict=True):
+            yield Region(start, size, Rights.NONE if flags & PageFlags.INACCESSIBLE.value else seen(Rights(rights)))
+            count += 1
+            if count >= limit:
+                return
+
+
+def seen(rights: Rights) -> Rights:
+    """Rights as /proc/PID/maps has them: who runs in user mode asks for user execution, a kernel for its own."""
+    run = Rights.USER_EXECUTE if rights & Rights.USER else Rights.EXECUTE
+    return rights & (Rights.READ | Rights.WRITE) | (Rights.EXECUTE if rights & run else Rights.NONE)
 
 
 def mapped_extents(chunks: Iterable[Blocks], gap: int = 0) -> Iterator[Extent]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 from hand_made_tables import DTB, image
+from support import require
 
 from engine import registry
 from engine.connector import Connector
 from engine.connectors.dummy import made_bytes
+from engine.file_memory import FileMemory
 from engine.memory import BytesMemory
 from engine.oslayer import Base
 from engine.testing import Truth, check_connector, check_oslayer
@@ -48,8 +50,21 @@ def test_every_connector_holds_its_contract(name, writable, tmp_path):
     check_connector(connector, truth)
 
 
+def linux_guest() -> Base:
+    """A recorded guest, which is made on first use."""
+    from guests import recorder
+    from guests.kernels import MissingError
+
+    try:
+        return Base(FileMemory(str(recorder.recorded("amd64-6.1-4level").image), immutable=True))
+    except MissingError as error:
+        require(False, str(error))
+        raise
+
+
 LAYERS: dict[str, tuple[Callable[[], Base], dict[str, str], list[int]]] = {
     "native": (lambda: Base(live=True), {}, [os.getpid()]),  # not 1: even root may not look into it in a container
+    "linux": (linux_guest, {}, [1, 2]),
     "raw-dtb": (lambda: Base(BytesMemory(bytes(image()))), {"dtb": hex(DTB)}, [1]),
 }
 

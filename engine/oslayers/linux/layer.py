@@ -1,0 +1,172 @@
+"""The OS layer `linux`: a Linux kernel in physical memory, understood by what it carries of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from engine.errors import (
+    EngineError,
+    FaultError,
+    InvalidArgumentError,
+    NotFoundError,
+    NotRecognisedError,
+    ProcessExitedError,
+)
+from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
+from engine.memory import Memory
+from engine.memory_map import MappedMemory
+from engine.oslayer import Base, Options, OsLayer, Process
+from engine.oslayers.linux.finding import Found, find_kernel
+from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.process import LinuxProcess
+from engine.oslayers.linux.profile import Profile, read_profile
+from engine.oslayers.linux.ram import by_resources, layouts
+from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.translate.virtual import VirtualMemory
+from engine.types import OsInfo
+
+RING, NUMBERS = "task ring", "pid numbers"
+"""Where a process may be found: in the list of tasks, in the table of PIDs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """All processes as of one moment."""
+
+    by_pid: Mapping[int, tuple[TaskRecord, tuple[str, ...]]]
+
+
+class LinuxLayer(OsLayer):
+    """A Linux kernel: its types from BTF and its symbols from kallsyms, both read from its own memory."""
+
+    kind = "linux"
+    summary = "Linux from its own memory: no symbols, no profile to be given"
+
+    def __init__(self, base: Base, kernel: Kernel) -> None:
+        self._base = base
+        self.kernel = kernel
+        self._tasks: Tasks | None = None
+        self._listing: _Listing | None = None
+
+    @classmethod
+    def open(cls, base: Base, options: Options) -> Self:
+        """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing."""
+        if base.memory is None:
+            raise InvalidArgumentError("linux stands on a connector: name one with -c")
+        texts = list(_hinted(base)) + find_vmcoreinfo(base.memory)
+        found = find_kernel(base.memory, texts, keep=not base.live)
+        profile = read_profile(found)
+        profile.found = with_true_layout(base.memory, profile)
+        return cls(base, Kernel(profile.found, profile, base.live))
+
+    @property
+    def tasks(self) -> Tasks:
+        """Reads tasks. Raises NotRecognisedError where this kernel does not carry what that needs."""
+        if self._tasks is None:
+            try:
+                self._tasks = Tasks(self.kernel.profile, self.kernel.objects())
+            except NotFoundError as error:
+                raise NotRecognisedError(
+                    f"the processes of this Linux {self.kernel.found.release} cannot be listed: {error}"
+                ) from None
+        return self._tasks
+
+    @property
+    def info(self) -> OsInfo:
+        """See `OsLayer.info`."""
+        found = self.kernel.found
+        return OsInfo(
+            self.kind,
+            version=found.release,
+            architecture=found.machine,
+            page_size=1 << found.candidate.spec.page_bits,
+            kernel_base=found.vmcoreinfo.symbol("_stext"),
+            dtb=found.candidate.dtb,
+            live=self._base.live,
+            writable=self._base.writable,
+            skipped=dict(self.kernel.skipped),
+            notes=tuple(self.kernel.profile.notes),
+        )
+
+    @property
+    def physical_memory(self) -> Memory | None:
+        """See `OsLayer.physical_memory`: in the layout that the kernel knows."""
+        return self.kernel.found.physical
+
+    @property
+    def kernel_memory(self) -> Memory | None:
+        """See `OsLayer.kernel_memory`."""
+        return self.kernel.found.memory
+
+    def pids(self) -> list[int]:
+        """See `OsLayer.pids`: without the idle task, which has no number that a user sees."""
+        return sorted(self._list().by_pid)
+
+    def process(self, pid: int) -> Process:
+        """See `OsLayer.process`."""
+        found = self._list().by_pid.get(pid)
+        if found is None:
+            raise ProcessExitedError(pid)
+        return LinuxProcess(self.kernel, self.tasks, *found)
+
+    def processes(self) -> Iterator[Process]:
+        """See `OsLayer.processes`: all as of one listing."""
+        for _, found in sorted(self._list().by_pid.items()):
+            yield LinuxProcess(self.kernel, self.tasks, *found)
+
+    def _list(self) -> _Listing:
+        if self._listing is not None:
+            return self._listing
+        objects = self.kernel.objects()
+        records = self.tasks.records(objects, list(self.tasks.addresses(objects)))
+        listing = _Listing({record.pid: (record, (RING,)) for record in records if record.pid})
+        if not self._base.live:
+            self._listing = listing
+        return listing
+
+    def close(self) -> None:
+        """See `OsLayer.close`: nothing is held but memory."""
+
+
+def _hinted(base: Base) -> Iterator[Vmcoreinfo]:
+    """The text that a dump carries beside its memory."""
+    if base.hints.vmcoreinfo:
+        try:
+            yield Vmcoreinfo.parse(base.hints.vmcoreinfo)
+        except NotRecognisedError:
+            return
+
+
+def with_true_layout(image: Memory, profile: Profile) -> Found:
+    """The kernel in the layout of RAM that its own `iomem_resource` tells, where that is another than was guessed.
+
+    The list lies in memory itself, perhaps in the very part that a wrong guess misplaces: so each layout in which the
+    kernel proves itself is asked, and the first is right that can read the list.
+    """
+    found, root = profile.found, profile.symbol("iomem_resource")
+    if root is None:
+        profile.notes.append("the layout of RAM is a guess: iomem_resource is not known")
+        return found
+    for physical in (found.physical, *(other for other, _ in layouts(image))):
+        ram = system_ram(VirtualMemory(physical, found.memory.roots), root, profile.word)
+        if not ram:
+            continue
+        try:
+            ranges = by_resources(image, ram)
+            right = physical if ranges is None else MappedMemory(image, ranges)
+            if ranges is None or system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
+                return _moved(found, right)
+        except (FaultError, EngineError):
+            continue
+    profile.notes.append("the layout of RAM is a guess: iomem_resource cannot be read")
+    return found
+
+
+def _moved(found: Found, physical: Memory) -> Found:
+    if physical is found.physical:
+        return found
+    memory = VirtualMemory(physical, found.memory.roots, keep=found.memory.keep)
+    return replace(found, physical=physical, memory=memory)

@@ -1,0 +1,177 @@
+"""A process of a Linux kernel that is read from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from engine.errors import FaultError, NotFoundError, ProcessExitedError
+from engine.memory import BytesMemory, Memory
+from engine.oslayer import PhysicalMaps, Process
+from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.objects import decoded
+from engine.oslayers.linux.paths import Paths
+from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.vmas import regions_of
+from engine.translate.maps import regions
+from engine.translate.virtual import VirtualMemory
+from engine.types import PhysicalMap, ProcessInfo, Region, ThreadInfo
+
+NOTHING = BytesMemory(b"")
+"""The address space of a kernel thread: it has none of its own."""
+STRINGS_LIMIT = 4 << 20
+"""Bytes of arguments or environment that are read; by default Linux lets an exec have 2 MiB of both."""
+DELETED = " (deleted)"
+
+
+class LinuxProcess(Process, PhysicalMaps):
+    """One thread group. Over live memory its record is read anew each time it is asked for."""
+
+    def __init__(self, kernel: Kernel, tasks: Tasks, record: TaskRecord, sources: tuple[str, ...]) -> None:
+        self.kernel = kernel
+        self.tasks = tasks
+        self._record = record
+        self._sources = sources
+        self._memory: Memory | None = None
+
+    @property
+    def record(self) -> TaskRecord:
+        """The task as it is now. Raises ProcessExitedError where another one, or none, has its place."""
+        if not self.kernel.live:
+            return self._record
+        found = self.tasks.records(self.kernel.objects(), [self._record.address])
+        if not found or (found[0].pid, found[0].start_ns) != (self._record.pid, self._record.start_ns):
+            raise ProcessExitedError(self._record.pid)
+        return found[0]
+
+    @property
+    def identity(self) -> Hashable:
+        """See `Process.identity`."""
+        return self._record.pid, self._record.start_ns, self._record.address
+
+    @property
+    def name(self) -> str:
+        """See `Process.name`."""
+        return self.record.comm
+
+    @property
+    def info(self) -> ProcessInfo:
+        """See `Process.info`."""
+        record = self.record
+        extra: dict[str, Any] = {"sources": list(self._sources)}
+        namespaces = self.tasks.namespaces(self.kernel.objects(), record.address)
+        extra["namespaces"] = None if namespaces is None else dict(namespaces)
+        pgd = self._pgd(record)
+        executable, deleted = self._executable(record)
+        extra["executable_deleted"] = deleted
+        return ProcessInfo(
+            record.pid,
+            record.comm,
+            ppid=record.ppid,
+            state=record.state,
+            uid=record.uid,
+            gid=record.gid,
+            threads=record.threads,
+            start_ticks=record.start_ticks,
+            command_line=self._command_line(record),
+            executable=executable,
+            architecture=self.kernel.found.machine,
+            kernel_thread=record.kernel_thread,
+            dtb=None if pgd is None else self.kernel.dtb_of(pgd),
+            object=record.address,
+            extra=extra,
+        )
+
+    def _executable(self, record: TaskRecord) -> tuple[str | None, bool | None]:
+        """(path of the executable, whether its name was removed); None where there is none, or it cannot be read."""
+        if not record.mm:
+            return None, None
+        try:
+            objects = self.kernel.objects()
+            file = objects.pointer(record.mm + objects.struct("mm_struct")["exe_file"].offset)
+            path = Paths(objects).of_file(file) if file else None
+        except (FaultError, NotFoundError):
+            return None, None
+        if path is None:
+            return None, None
+        return path.removesuffix(DELETED), path.endswith(DELETED)
+
+    def _command_line(self, record: TaskRecord) -> tuple[str, ...] | None:
+        """The arguments; () of a kernel thread and a zombie, None where they cannot be read."""
+        if not record.mm:
+            return ()
+        data = self.arguments()
+        if data is None:
+            return None
+        return tuple(decoded(part) for part in data.removesuffix(b"\0").split(b"\0")) if data else ()
+
+    def arguments(self) -> bytes | None:
+        """What /proc/PID/cmdline gives; None where it cannot be read whole.
+
+        A program that overwrote its arguments beyond their last byte has its text go on into the environment
+        (get_mm_cmdline of fs/proc/base.c).
+        """
+        found = self._strings("arg_start", "arg_end")
+        if found and found[-1]:
+            longer = self._strings("arg_start", "env_end")
+            return longer.partition(b"\0")[0] if longer is not None else found
+        return found
+
+    def environment(self) -> bytes | None:
+        """What /proc/PID/environ gives; None where it cannot be read whole."""
+        return self._strings("env_start", "env_end")
+
+    def _strings(self, first: str, last: str) -> bytes | None:
+        record = self.record
+        if not record.mm:
+            return b""
+        try:
+            objects = self.kernel.objects()
+            layout = objects.struct("mm_struct")
+            start, stop = (objects.value(record.mm, layout[name]) for name in (first, last))
+            return self.memory.read(start, min(stop - start, STRINGS_LIMIT)) if start < stop else b""
+        except (FaultError, NotFoundError):
+            return None
+
+    def _pgd(self, record: TaskRecord) -> int | None:
+        """The kernel's address of the top page table; None for a kernel thread, and where it cannot be read."""
+        if not record.mm:
+            return None
+        try:
+            return self.kernel.objects().pointer(record.mm + self.kernel.types.require("mm_struct")["pgd"].offset)
+        except (FaultError, NotFoundError):
+            return None
+
+    @property
+    def memory(self) -> Memory:
+        """See `Process.memory`: empty for a kernel thread."""
+        if self._memory is None:
+            pgd = self._pgd(self.record)
+            try:
+                self._memory = NOTHING if pgd is None else self.kernel.space_of(pgd)
+            except FaultError:
+                self._memory = NOTHING
+        return self._memory
+
+    def regions(self) -> Iterator[Region]:
+        """See `Process.regions`."""
+        record = self.record
+        if not record.mm:
+            return iter(())
+        try:
+            return iter(list(regions_of(self.kernel, record.mm)))
+        except NotFoundError:  # without types: what the page tables map
+            memory = self.memory
+            return regions(memory.translation_blocks()) if isinstance(memory, VirtualMemory) else iter(())
+
+    def physical_maps(self) -> Iterator[PhysicalMap]:
+        """See `PhysicalMaps.physical_maps`."""
+        memory = self.memory
+        return memory.physical_maps() if isinstance(memory, VirtualMemory) else iter(())
+
+    def threads(self) -> Iterator[ThreadInfo]:
+        """See `Process.threads`."""
+        objects = self.kernel.objects()
+        found = self.tasks.records(objects, self.tasks.threads(objects, self.record.address))
+        for one in sorted(found, key=lambda record: record.pid):
+            yield ThreadInfo(one.pid, one.comm, one.state, one.start_ticks)

@@ -1,0 +1,94 @@
+"""What a kernel says of itself: its types from BTF, its symbols from kallsyms and its export tables.
+
+A profile is the kernel's own, read from its image: nothing is known beforehand of any build. What a kernel does not
+carry is absent: `types` is None without BTF, and without KALLSYMS_ALL data symbols come from the export tables alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.errors import EngineError, NotFoundError
+from engine.formats.btf import Btf, load_btf
+from engine.formats.kallsyms import Kallsyms, load_kallsyms
+from engine.layout import TypeSource
+from engine.memory import Memory
+from engine.oslayers.linux.finding import Found
+
+
+@dataclass(slots=True)
+class Profile:
+    """Types and symbols of one kernel, as it runs: addresses are those of this boot."""
+
+    found: Found
+    types: TypeSource | None
+    kallsyms: Kallsyms | None
+    notes: list[str] = field(default_factory=list)
+    """Sentences for a person: what is missing, and why."""
+    _known: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def word(self) -> int:
+        """Bytes of a pointer."""
+        return 8 if self.found.candidate.kernel_start >> 32 else 4
+
+    def symbol(self, *names: str) -> int | None:
+        """The address of the first of the names that is known: VMCOREINFO's, kallsyms', an exported one's."""
+        for name in names:
+            address = self._known.get(name)
+            if address is None:
+                address = self.found.vmcoreinfo.symbol(name)
+            if address is None and self.kallsyms is not None:
+                address = self.kallsyms.first(name)
+            if address is not None:
+                self._known[name] = address
+                return address
+        return None
+
+    def learn(self, name: str, address: int) -> None:
+        """Keep the address of a symbol that was found by its content."""
+        self._known[name] = address
+
+    def require(self, *names: str) -> int:
+        """Like `symbol`. Raises NotFoundError where none of the names is known."""
+        address = self.symbol(*names)
+        if address is None:
+            raise NotFoundError(f"the kernel's symbols do not tell where {' or '.join(names)} is")
+        return address
+
+    def name_at(self, address: int) -> str | None:
+        """`name+0x10` of the symbol at or below an address of the kernel's image; None where there is none."""
+        symbol = self.kallsyms.at(address) if self.kallsyms is not None else None
+        if symbol is None:
+            return None
+        return f"{symbol.name}+{address - symbol.address:#x}" if address != symbol.address else symbol.name
+
+
+def read_profile(found: Found) -> Profile:
+    """The profile of a kernel that was found. What is not there, or damaged, is noted."""
+    image = found.memory.window(found.image.start, found.image.size)
+    profile = Profile(found, None, None)
+    try:
+        profile.kallsyms = load_kallsyms(image, found.image.start, references=found.vmcoreinfo.symbols)
+    except EngineError as error:
+        profile.notes.append(f"no symbols: {error}")
+    profile.types = _types(profile, image)
+    return profile
+
+
+def _types(profile: Profile, image: Memory) -> Btf | None:
+    """BTF lies where __start_BTF says, or is searched for."""
+    base = profile.found.image.start
+    start, stop = profile.symbol("__start_BTF"), profile.symbol("__stop_BTF")
+    try:
+        if start is not None and stop is not None and base <= start < stop <= base + image.size:
+            try:
+                return load_btf(image, start - base, stop - base)[0]
+            except NotFoundError:
+                pass
+        if profile.word == 4 and profile.kallsyms is not None and profile.kallsyms.first("btf_vmlinux") is None:
+            raise NotFoundError("the kernel was built without BTF")
+        return load_btf(image)[0]
+    except EngineError as error:
+        profile.notes.append(f"no types: {error}")
+        return None

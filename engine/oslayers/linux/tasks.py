@@ -1,0 +1,200 @@
+"""The tasks of a kernel: the ring of thread groups, and what each record says, column by column.
+
+Sources: Linux include/linux/sched.h, sched/signal.h, cred.h, pid.h, fs/proc/array.c (letters of states), 5.10 to 7.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.errors import FaultError, NotFoundError
+from engine.layout import Field
+from engine.memory import Addresses
+from engine.oslayers.linux.objects import Objects
+from engine.oslayers.linux.profile import Profile
+from engine.oslayers.linux.walks import ring
+
+TASK_LIMIT = 1 << 22
+"""PID_MAX_LIMIT of include/linux/threads.h."""
+PF_KTHREAD = 0x0020_0000
+"""include/linux/sched.h; the same since 2.6.27."""
+TICKS = 10_000_000
+"""Nanoseconds of a tick of USER_HZ, in which /proc/PID/stat counts."""
+NAMESPACES = ("uts", "ipc", "mnt", "net", "time", "cgroup")
+STATE_LETTERS = "RSDTtXZPI"
+"""By the highest bit of the state (task_state_array of fs/proc/array.c)."""
+_REPORTED, _IDLE, _NO_LOAD, _RTLOCK, _FROZEN = 0x7F, 0x402, 0x400, 0x1000, 0x8000
+
+
+def state_letter(state: int, exit_state: int) -> str:
+    """The letter that ps(1) prints (task_state_index and get_task_state)."""
+    both = state | exit_state
+    if both & _IDLE == _IDLE:
+        return "I"
+    if both & (_RTLOCK | _FROZEN):
+        return "D"
+    return STATE_LETTERS[min((both & _REPORTED).bit_length(), len(STATE_LETTERS) - 2)]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One task as its `struct task_struct` says; None is «not known»."""
+
+    address: int
+    pid: int
+    tgid: int
+    comm: str
+    ppid: int | None = None
+    state: str | None = None
+    uid: int | None = None
+    gid: int | None = None
+    flags: int | None = None
+    mm: int = 0
+    start_ns: int | None = None
+    """Nanoseconds since boot, suspended time included."""
+    threads: int | None = None
+
+    @property
+    def kernel_thread(self) -> bool | None:
+        """Whether it is a thread of the kernel itself."""
+        return None if self.flags is None else bool(self.flags & PF_KTHREAD)
+
+    @property
+    def start_ticks(self) -> int | None:
+        """Field 22 of /proc/PID/stat."""
+        return None if self.start_ns is None else self.start_ns // TICKS
+
+
+class Tasks:
+    """Reads tasks through a profile's types."""
+
+    def __init__(self, profile: Profile, objects: Objects) -> None:
+        """Raises NotFoundError where the types lack what a list of tasks needs."""
+        self.profile = profile
+        self.task = objects.struct("task_struct")
+        self.link = self.task["tasks"]
+        self.head = profile.require("init_task")
+        self.signal = objects.struct("signal_struct")
+        self.cred = objects.struct("cred")
+
+    def addresses(self, objects: Objects) -> Iterator[int]:
+        """The leaders of all thread groups, the idle task first, in the order in which they began."""
+        yield self.head
+        yield from ring(objects, self.head + self.link.offset, self.link, TASK_LIMIT, kind="task list")
+
+    def threads(self, objects: Objects, leader: int) -> list[int]:
+        """The tasks of a thread group; the leader alone where the list cannot be read."""
+        node, head = self.task.get("thread_node"), self.signal.get("thread_head")
+        if node is None or head is None:
+            return [leader]
+        try:
+            signal = objects.pointer(leader + self.task["signal"].offset)
+        except FaultError:
+            return [leader]
+        if not objects.is_pointer(signal):
+            return [leader]
+        return list(ring(objects, signal + head.offset, node, TASK_LIMIT, kind="thread list")) or [leader]
+
+    def records(self, objects: Objects, addresses: list[int]) -> list[TaskRecord]:
+        """What the tasks at these addresses say; those whose record cannot be read are counted and left out."""
+        if not addresses:
+            return []
+        column = objects.addresses(addresses)
+        values: dict[str, list[Any]] = {}
+        good = np.ones(len(column), bool)
+        for name, paths in _FIELDS.items():
+            member = self.task.get(*paths)
+            if member is None:
+                values[name] = [None] * len(column)
+                continue
+            found, readable = objects.column(column, member)
+            values[name] = found.tolist()
+            if name in ("pid", "tgid"):
+                good &= readable
+        comms = objects.texts(column, self.task["comm"])
+        values["ppid"] = self._through(objects, column, "real_parent", self.task["tgid"])
+        for name in ("uid", "gid"):
+            values[name] = self._through(objects, column, "real_cred", self.cred[f"{name}.val"])
+        count = self.signal.get("nr_threads")
+        values["threads"] = self._through(objects, column, "signal", count) if count else [None] * len(column)
+        records = []
+        for row, address in enumerate(addresses):
+            comm = comms[row]
+            if not good[row] or comm is None or not 0 <= values["pid"][row] <= TASK_LIMIT:
+                objects.skipped["task"] += 1
+                continue
+            state = values["state"][row]
+            record = TaskRecord(
+                address, values["pid"][row], values["tgid"][row], comm, values["ppid"][row],
+                None if state is None else state_letter(state & 0xFFFF_FFFF, values["exit_state"][row] or 0),
+                values["uid"][row], values["gid"][row], values["flags"][row], values["mm"][row] or 0,
+                values["start"][row], values["threads"][row],
+            )  # fmt: skip
+            records.append(record)
+        return records
+
+    def _through(self, objects: Objects, column: Addresses, member: str, target: Field) -> list[int | None]:
+        """A member of what a pointer in each task leads to; None where that cannot be read."""
+        pointers, good = objects.pointers(column, self.task[member])
+        possible = good & np.array([objects.is_pointer(pointer) for pointer in pointers.tolist()], bool)
+        found, readable = objects.column(np.where(possible, pointers, np.uint64(self.head)), target)
+        return [
+            value if fine else None for value, fine in zip(found.tolist(), (possible & readable).tolist(), strict=True)
+        ]
+
+    def namespaces(self, objects: Objects, address: int) -> Mapping[str, int] | None:
+        """The numbers of a task's namespaces by their names under /proc/PID/ns; None where it has none (left)."""
+        found: dict[str, int] = {}
+        try:
+            proxy = objects.pointer(address + self.task["nsproxy"].offset)
+            if not proxy:
+                return None
+            layout = objects.struct("nsproxy")
+            for name in NAMESPACES:
+                member = layout.get(f"{name}_ns")
+                if member is not None:
+                    found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")
+            cred = objects.pointer(address + self.task["real_cred"].offset)
+            user = objects.pointer(cred + self.cred["user_ns"].offset)
+            found["user"] = self._namespace(objects, user, "user_namespace")
+            numbers = self.pids_in(objects, address)
+            if numbers:
+                found["pid"] = numbers[-1][1]
+        except (FaultError, NotFoundError):
+            return found or None
+        return found
+
+    def _namespace(self, objects: Objects, address: int, name: str) -> int:
+        layout = objects.types.struct(name, name.replace("_namespace", ""))
+        if layout is None:
+            raise NotFoundError(name)
+        return objects.value(address, layout["ns.inum"])
+
+    def pids_in(self, objects: Objects, address: int) -> list[tuple[int, int]]:
+        """(number, PID namespace) of a task, from the outermost namespace inwards. Raises FaultError."""
+        layout, upid = objects.struct("pid"), objects.struct("upid")
+        pid = objects.pointer(address + self.task["thread_pid"].offset)
+        if not objects.is_pointer(pid):
+            return []
+        level = objects.value(pid, layout["level"])
+        found = []
+        for index in range(min(level, 32) + 1):
+            at = pid + layout["numbers"].offset + index * upid.size
+            space = objects.pointer(at + upid["ns"].offset)
+            found.append((objects.value(at, upid["nr"]), self._namespace(objects, space, "pid_namespace")))
+        return found
+
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "pid": ("pid",),
+    "tgid": ("tgid",),
+    "state": ("__state", "state"),
+    "exit_state": ("exit_state",),
+    "flags": ("flags",),
+    "mm": ("mm",),
+    "start": ("start_boottime", "real_start_time"),
+}

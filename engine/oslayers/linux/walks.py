@@ -1,0 +1,210 @@
+"""Walks over a kernel's containers: list_head, hlist, xarray, maple tree, red-black tree. All are bounded.
+
+A list that leaves what can be read, runs in a circle that misses its head, or grows beyond its limit ends there and
+is counted in `Objects.skipped`: what came before it stands. Over live memory that is a list which changed meanwhile.
+
+Sources: Linux include/linux/{list,xarray,maple_tree,rbtree}.h, lib/{xarray,maple_tree}.c, releases 5.10 to 7.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from engine.errors import FaultError
+from engine.layout import Field
+from engine.oslayers.linux.objects import Objects
+
+LIST_LIMIT = 1 << 20
+TREE_LIMIT = 1 << 20
+"""Entries of a container; more is nothing that a kernel has."""
+DEPTH_LIMIT = 32
+
+XA_NODE = 2
+"""Low bits of an internal entry of an xarray or maple tree (xa_is_internal)."""
+XA_SMALLEST = 4096
+"""Internal entries up to here are no nodes but marks: retry, zero, siblings (xa_is_node)."""
+
+
+def ring(objects: Objects, head: int, link: Field, limit: int = LIST_LIMIT, *, kind: str = "list") -> Iterator[int]:
+    """The structures in the ring of `struct list_head` whose head lies at `head`, each linked by its member `link`."""
+    seen: set[int] = set()
+    try:
+        at = objects.pointer(head)
+        while at != head:
+            if not objects.is_pointer(at) or at in seen or len(seen) >= limit:
+                objects.skipped[f"broken {kind}"] += 1
+                return
+            seen.add(at)
+            yield at - link.offset
+            at = objects.pointer(at)
+    except FaultError:
+        objects.skipped[f"broken {kind}"] += 1
+
+
+def chain(objects: Objects, first: int, link: Field, limit: int = LIST_LIMIT, *, kind: str = "chain") -> Iterator[int]:
+    """Structures chained by a plain pointer in `link`, from the one at `first` on, up to a null pointer.
+
+    Of an hlist the links point to the members: take the member's offset off, as `hlist` does.
+    """
+    seen: set[int] = set()
+    at = first
+    try:
+        while at:
+            if not objects.is_pointer(at) or at in seen or len(seen) >= limit:
+                objects.skipped[f"broken {kind}"] += 1
+                return
+            seen.add(at)
+            yield at
+            at = objects.pointer(at + link.offset)
+    except FaultError:
+        objects.skipped[f"broken {kind}"] += 1
+
+
+def hlist(objects: Objects, head: int, link: Field, limit: int = LIST_LIMIT, *, kind: str = "hlist") -> Iterator[int]:
+    """The structures in the `struct hlist_head` at `head`; of an hlist_nulls odd pointers end it too."""
+    seen: set[int] = set()
+    try:
+        at = objects.pointer(head)
+        while at and not at & 1:
+            if not objects.is_pointer(at) or at in seen or len(seen) >= limit:
+                objects.skipped[f"broken {kind}"] += 1
+                return
+            seen.add(at)
+            yield at - link.offset
+            at = objects.pointer(at)
+    except FaultError:
+        objects.skipped[f"broken {kind}"] += 1
+
+
+def xarray(objects: Objects, head: int, limit: int = TREE_LIMIT) -> Iterator[tuple[int, int, int]]:
+    """(index, entry, count) of the `struct xarray` at `head`, ascending: `count` indices share the entry.
+
+    Entries with bit 0 set are values (`entry >> 1`), all others pointers. Older trees of that shape (radix_tree_root,
+    idr) are the same by the kernel's own design.
+    """
+    node = objects.struct("xa_node")
+    slots, shift = node["slots"], node["shift"]
+    slot_count = slots.size // objects.word
+    try:
+        top = objects.pointer(head + objects.struct("xarray", "radix_tree_root").first("xa_head", "rnode").offset)
+    except FaultError:
+        objects.skipped["broken xarray"] += 1
+        return
+    if not _is_node(objects, top):
+        if top and top & 3 != XA_NODE:
+            yield 0, top, 1
+        return
+    budget = [limit]
+    yield from _xa_node(objects, top - XA_NODE, 0, slots, shift, slot_count, 0, budget)
+
+
+def _is_node(objects: Objects, entry: int) -> bool:
+    return entry & 3 == XA_NODE and entry > XA_SMALLEST and objects.is_pointer(entry)
+
+
+def _xa_node(
+    objects: Objects, at: int, base: int, slots: Field, shift: Field, count: int, depth: int, budget: list[int]
+) -> Iterator[tuple[int, int, int]]:
+    try:
+        bits = objects.value(at, shift)
+        data = objects.memory.read(at + slots.offset, slots.size)
+    except FaultError:
+        objects.skipped["broken xarray"] += 1
+        return
+    if bits > 60 or depth > DEPTH_LIMIT:
+        objects.skipped["broken xarray"] += 1
+        return
+    entries = np.frombuffer(data, objects.word_type).tolist()
+    for slot, entry in enumerate(entries):
+        if not entry:
+            continue
+        budget[0] -= 1
+        if budget[0] < 0:
+            objects.skipped["broken xarray"] += 1
+            return
+        index = base + (slot << bits)
+        if bits and _is_node(objects, entry):
+            yield from _xa_node(objects, entry - XA_NODE, index, slots, shift, count, depth + 1, budget)
+        elif entry & 3 != XA_NODE:
+            siblings = 1  # of a large folio: entries that only name the slot of the first
+            while slot + siblings < len(entries) and entries[slot + siblings] == (slot << 2 | XA_NODE):
+                siblings += 1
+            yield index, entry, siblings << bits
+
+
+def maple_tree(objects: Objects, tree: int, limit: int = TREE_LIMIT) -> Iterator[int]:
+    """The entries of the `struct maple_tree` at `tree` (of an mm: its VMAs), ascending."""
+    try:
+        root = objects.pointer(tree + objects.struct("maple_tree")["ma_root"].offset)
+    except FaultError:
+        objects.skipped["broken maple tree"] += 1
+        return
+    if not _is_node(objects, root):
+        if objects.is_pointer(root) and not root & 3:
+            yield root
+        return
+    yield from _maple_node(objects, root, 0, [limit], set())
+
+
+def _maple_shapes(objects: Objects) -> dict[int, tuple[Field, Field]]:
+    """Node type → (pivots, slots): 1 leaf_64, 2 range_64, 3 arange_64 (enum maple_type)."""
+    wide, alloc = objects.struct("maple_range_64"), objects.struct("maple_arange_64")
+    of_range = wide["pivot"], wide["slot"]
+    return {1: of_range, 2: of_range, 3: (alloc["pivot"], alloc["slot"])}
+
+
+def _maple_node(objects: Objects, entry: int, depth: int, budget: list[int], seen: set[int]) -> Iterator[int]:
+    """Type in bits 6:3 of an entry that leads to a node, the node at its multiple of 256 (lib/maple_tree.c)."""
+    kind, at = entry >> 3 & 15, entry & ~0xFF
+    shape = _maple_shapes(objects).get(kind)
+    if shape is None or depth > DEPTH_LIMIT or at in seen:
+        objects.skipped["broken maple tree"] += 1
+        return
+    seen.add(at)
+    pivots, slots = shape
+    try:
+        data = objects.memory.read(at, max(pivots.stop, slots.stop))
+    except FaultError:
+        objects.skipped["broken maple tree"] += 1
+        return
+    word = objects.word
+    limits = np.frombuffer(data, objects.word_type, pivots.size // word, pivots.offset).tolist()
+    found = np.frombuffer(data, objects.word_type, slots.size // word, slots.offset).tolist()
+    for index, slot in enumerate(found):
+        budget[0] -= 1
+        if budget[0] < 0:
+            objects.skipped["broken maple tree"] += 1
+            return
+        if slot and kind == 1:
+            # The last slot of a leaf that is not full may hold the node's own data (ma_meta): small numbers.
+            if objects.is_pointer(slot) and not slot & 3:
+                yield slot
+        elif slot and kind != 1 and objects.is_pointer(slot & ~0xFF):
+            yield from _maple_node(objects, slot, depth + 1, budget, seen)
+        if index < len(limits) and not limits[index]:
+            return  # pivot 0 behind the first slot: the node's entries stop here
+
+
+def red_black_tree(objects: Objects, root: int, link: Field, limit: int = TREE_LIMIT) -> Iterator[int]:
+    """The structures in the `struct rb_root` at `root`, in order, each linked by its `struct rb_node` in `link`."""
+    node = objects.struct("rb_node")
+    left, right = node["rb_left"], node["rb_right"]
+    seen: set[int] = set()
+    stack: list[int] = []
+    try:
+        at = objects.pointer(root)
+        while at or stack:
+            while at:
+                if not objects.is_pointer(at) or at in seen or len(seen) >= limit:
+                    objects.skipped["broken tree"] += 1
+                    return
+                seen.add(at)
+                stack.append(at)
+                at = objects.pointer(at + left.offset)
+            here = stack.pop()
+            yield here - link.offset
+            at = objects.pointer(here + right.offset)
+    except FaultError:
+        objects.skipped["broken tree"] += 1
