@@ -10,7 +10,7 @@ directories that were least recently used: once their names are invalidated, the
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 
 from cloudfs.node import BrokenNodeError, Directory, Node
 from engine.errors import NotFoundError
@@ -189,23 +189,26 @@ class InodeTable:
             self._leave_below(record.directories.pop(name))
         return [(entry.inode, name) for name in gone]
 
-    def surplus(self) -> list[tuple[int, bytes]]:
-        """(parent inode, name) of what should be invalidated to come back under the bound; mostly nothing."""
+    def surplus(self, spared: Callable[[], Container[int | None]] = tuple) -> list[tuple[int, bytes]]:
+        """(parent inode, name) of what should be invalidated to come back under the bound; mostly nothing.
+
+        Not the inodes that `spared` gives, which is asked where there is something to invalidate.
+        """
         if self.bound is None or self._threshold is None or len(self._by_inode) <= self._threshold:
             return []
-        chosen = self._least_used(int(self.bound * KEPT))
+        chosen = self._least_used(int(self.bound * KEPT), spared())
         # FORGETs come later, and none for what is held open: ask again when it has grown by a tenth.
         self._threshold = len(self._by_inode) + self.bound // 10
         return chosen
 
-    def _least_used(self, keep: int) -> list[tuple[int, bytes]]:
+    def _least_used(self, keep: int, spared: Container[int | None]) -> list[tuple[int, bytes]]:
         """Directories whose invalidation leaves about `keep` entries; they are candidates no more."""
         excess = len(self._by_inode) - keep
         chosen: list[tuple[int, bytes]] = []
         for inode, entry in list(self._recency.items()):
             if excess <= 0:
                 break
-            if inode in self._recency and entry.parent is not None:
+            if inode in self._recency and inode not in spared and entry.parent is not None:
                 chosen.append((entry.parent.inode, entry.name))
                 excess -= self._leave_below(entry)
         self._newest = None
@@ -300,6 +303,7 @@ class InodeTable:
         self._by_inode = dict(self._by_inode)
         self._by_identity = dict(self._by_identity)
         self._recency = dict(self._recency)
+        self._named &= self._by_inode.keys()
 
     # -- for tests -----------------------------------------------------------------------------------------
 

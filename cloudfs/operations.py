@@ -278,7 +278,7 @@ class TreeOperations(pyfuse3.Operations):
         return entry.node
 
     def _shrink(self) -> None:
-        for parent, name in self.inodes.surplus():
+        for parent, name in self.inodes.surplus(self._in_use):
             self._invalidate(parent, name)
         now = time.monotonic()
         if now >= self._next_round:

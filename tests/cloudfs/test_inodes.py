@@ -127,6 +127,13 @@ def test_above_the_bound_the_least_recently_used_directories_are_surplus() -> No
     table.check()
 
 
+def test_what_is_spared_is_not_surplus() -> None:
+    table = table_of(bound=100)
+    directories = add_directories(table, 10, 10)
+    assert table.surplus(lambda: {directories[1].inode}) == [(1, b"0"), (1, b"2"), (1, b"3")]
+    table.check()
+
+
 def test_what_was_named_as_surplus_is_not_named_again_until_the_table_has_grown() -> None:
     table = table_of(bound=100)
     add_directories(table, 10, 10)

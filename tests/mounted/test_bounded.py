@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,8 @@ from mounting import is_mounted, mounted, require_fuse
 LIMIT = 80
 
 WIDE_TREE = """
-import stat, sys
-from cloudfs import mount, resting
+import signal, stat, sys
+from cloudfs import mount, operations, resting
 from cloudfs.node import Attributes, Directory, File
 
 class Leaf(File):
@@ -47,6 +48,19 @@ class Rest(resting.Rest):
         await super()._rest()
         print("rested", len(self._operations.inodes), flush=True)
 
+def report(number, frame):
+    made[0].inodes.check()
+    print("inodes", len(made[0].inodes), flush=True)
+
+class Operations(mount.TreeOperations):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        made.append(self)
+
+made = []
+signal.signal(signal.SIGUSR1, report)
+mount.TreeOperations = Operations
+operations.ROUND = float(sys.argv[5])
 mount.Rest = Rest
 options = mount.MountOptions(self_check=True, rest_after=float(sys.argv[3]), stall_limit=float(sys.argv[4]))
 mount.mount(Wide(None), sys.argv[1], options, ready=lambda: print("ready", flush=True))
@@ -73,10 +87,15 @@ def resident(pid: int, name: str = "VmRSS") -> int:
 
 
 @contextlib.contextmanager
-def wide_tree(folder: Path, directories: int, rest_after: float, stall_limit: float) -> Iterator[subprocess.Popen[str]]:
-    """A mount of `directories` of 1000 files each, whose daemon prints «rested» and its number of nodes."""
+def wide_tree(
+    folder: Path, directories: int, *, rest_after: float = 10, stall_limit: float = 10, each_round: float = 30
+) -> Iterator[subprocess.Popen[str]]:
+    """A mount of `directories` of 1000 files each.
+
+    Its daemon prints «rested» or, at SIGUSR1, «inodes», and how many nodes it knows.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [str(folder), str(directories), str(rest_after), str(stall_limit)]
+    words = map(str, (folder, directories, rest_after, stall_limit, each_round))
     daemon = subprocess.Popen(
         [sys.executable, "-c", WIDE_TREE, *words], stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -91,19 +110,25 @@ def wide_tree(folder: Path, directories: int, rest_after: float, stall_limit: fl
         daemon.communicate(timeout=10)
 
 
-def rested(daemon: subprocess.Popen[str]) -> int:
-    """The nodes that are left when the daemon has come to rest; the guard ends a wait in vain."""
+def said(daemon: subprocess.Popen[str], what: str) -> int:
+    """The nodes that there are as the daemon says it; the guard ends a wait in vain."""
     assert daemon.stdout is not None
     word, number = daemon.stdout.readline().split()
-    assert word == "rested"
+    assert word == what
     return int(number)
+
+
+def switches(daemon: subprocess.Popen[str]) -> int:
+    """How often its threads were put on a CPU."""
+    tasks = Path(f"/proc/{daemon.pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[2]) for task in tasks)
 
 
 @pytest.mark.parametrize("directories", [250, pytest.param(1000, marks=pytest.mark.slow)])
 def test_walks_over_many_entries_are_bounded_and_afterwards_the_daemon_is_as_small_as_before(
     folder: Path, directories: int
 ) -> None:
-    with wide_tree(folder, directories, 0.5, 10) as daemon:
+    with wide_tree(folder, directories, rest_after=0.5) as daemon:
         os.listdir(folder)
         before, after = resident(daemon.pid), []
         for _ in range(2):
@@ -112,12 +137,12 @@ def test_walks_over_many_entries_are_bounded_and_afterwards_the_daemon_is_as_sma
             after.append(resident(daemon.pid))
         assert resident(daemon.pid, "VmHWM") < 300
         assert after[1] < 1.5 * after[0]
-        assert rested(daemon) == 1
+        assert said(daemon, "rested") == 1
         assert resident(daemon.pid) < 1.5 * before
 
 
 def test_where_somebody_stands_and_what_is_open_keeps_its_name_when_all_else_is_forgotten(folder: Path) -> None:
-    with wide_tree(folder, 20, 0.1, 0.4) as daemon:
+    with wide_tree(folder, 20, rest_after=0.1, stall_limit=0.4) as daemon:
         standing = subprocess.Popen(
             [sys.executable, "-c", "import os; input(); print(os.getcwd())"],
             cwd=folder / "3", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -125,7 +150,7 @@ def test_where_somebody_stands_and_what_is_open_keeps_its_name_when_all_else_is_
         opened = os.open(folder / "4", os.O_RDONLY | os.O_DIRECTORY)
         try:
             subprocess.run(["find", str(folder)], capture_output=True, timeout=20, check=True)
-            assert rested(daemon) == 3
+            assert said(daemon, "rested") == 3
             assert os.readlink(f"/proc/self/fd/{opened}") == f"{folder}/4"
             assert standing.communicate("\n", timeout=10)[0] == f"{folder}/3\n"
             assert len(os.listdir(opened)) == 1000
@@ -134,6 +159,28 @@ def test_where_somebody_stands_and_what_is_open_keeps_its_name_when_all_else_is_
             os.close(opened)
             standing.kill()
             standing.communicate(timeout=10)
+
+
+def test_when_it_has_come_to_rest_the_daemon_does_nothing(folder: Path) -> None:
+    with wide_tree(folder, 20, rest_after=0.1, stall_limit=0.4) as daemon:
+        subprocess.run(["find", str(folder)], capture_output=True, timeout=20, check=True)
+        assert said(daemon, "rested") == 1
+        time.sleep(1.0)  # the FORGETs may have woken the watchdog
+        before = switches(daemon)
+        time.sleep(1.0)
+        assert switches(daemon) == before
+
+
+def test_while_others_work_what_nobody_uses_is_forgotten(folder: Path) -> None:
+    with wide_tree(folder, 20, each_round=0.2) as daemon:
+        subprocess.run(["find", str(folder)], capture_output=True, timeout=20, check=True)
+        known, deadline = 20_000, time.monotonic() + 20
+        while known > 5000 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            daemon.send_signal(signal.SIGUSR1)
+            assert len(os.listdir(folder / "7")) == 1000
+            known = said(daemon, "inodes")
+        assert known <= 5000
 
 
 def test_a_file_cut_under_four_readers_gives_errors_and_no_signal(tmp_path: Path) -> None:
