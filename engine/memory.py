@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,6 @@ from engine.types import ADDRESS_SPACE, Extent, Shortcut
 Data = bytes | bytearray | memoryview
 Addresses = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.uint8]
-Pieces = tuple[tuple[int, memoryview], ...]
-"""(address, the bytes from there on), ascending, disjoint and not empty."""
 
 COLUMN_THRESHOLD = 16
 """Up to about so many rows the scalar doors are faster than the column doors (measured)."""
@@ -95,6 +93,36 @@ class Faults:
 
 
 NO_FAULTS = Faults(np.empty(0, np.intp), np.empty(0, np.uint64), np.empty(0, np.uint8))
+
+
+class Pieces:
+    """Mappings of a memory's bytes: (address, the bytes from there on), ascending, disjoint and not empty."""
+
+    __slots__ = ("_rows", "_where", "parts")
+
+    def __init__(self, parts: Iterable[tuple[int, memoryview]]) -> None:
+        self.parts = tuple(parts)
+        self._rows: npt.NDArray[np.uint64] | None = None
+        self._where = (0, 0)
+
+    def where(self) -> tuple[int, int]:
+        """For C: where rows of (address, size, place of the bytes), each 64 bits, stand, and how many there are.
+
+        Good for as long as this object lives.
+        """
+        if self._rows is None:
+            rows = [(address, len(view), np.frombuffer(view, np.uint8).ctypes.data) for address, view in self.parts]
+            column = np.array(rows, np.uint64)
+            self._where = column.ctypes.data, len(rows)
+            self._rows = column
+        return self._where
+
+    def moved(self, start: int, size: int, to: int) -> Iterator[tuple[int, memoryview]]:
+        """What lies in the `size` bytes from `start` on, as if these stood at `to`."""
+        for address, view in self.parts:
+            low, high = max(start, address), min(start + size, address + len(view))
+            if low < high:
+                yield low - start + to, view[low - address : high - address]
 
 
 def as_addresses(addresses: npt.ArrayLike) -> Addresses:
@@ -223,7 +251,8 @@ class Memory(ABC):
     def pieces(self) -> Pieces | None:
         """All bytes of this memory where they lie in this program, now; None where some do not.
 
-        As with `borrow` a view may reach into a file that someone cuts: for code alone that survives it.
+        The same object each time, for as long as they lie where they do. As with `borrow` a view may reach into a
+        file that someone cuts: for code alone that survives it.
         """
         return None
 
@@ -363,6 +392,7 @@ class MemoryWindow(Memory):
         self.memory = memory
         self.start = start
         self._size = size
+        self._handed: tuple[Pieces, Pieces] | None = None
         self.page_size = memory.page_size if start % memory.page_size == 0 else 1
         self.writable = memory.writable
 
@@ -464,17 +494,12 @@ class MemoryWindow(Memory):
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`."""
         found = self.memory.pieces()
-        return None if found is None else moved_pieces(found, self.start, self._size, 0)
-
-
-def moved_pieces(pieces: Pieces, start: int, size: int, to: int) -> Pieces:
-    """What of `pieces` lies in the `size` bytes from `start` on, as if these stood at `to`."""
-    found = []
-    for address, view in pieces:
-        low, high = max(start, address), min(start + size, address + len(view))
-        if low < high:
-            found.append((low - start + to, view[low - address : high - address]))
-    return tuple(found)
+        if found is None:
+            return None
+        kept = self._handed
+        if kept is None or kept[0] is not found:
+            kept = self._handed = found, Pieces(found.moved(self.start, self._size, 0))
+        return kept[1]
 
 
 def gather_from(source: Rows, addresses: Addresses, out: Rows) -> Faults:
@@ -527,6 +552,7 @@ class BytesMemory(Memory):
         self._array: Rows = np.frombuffer(self._view, np.uint8) if len(self._view) else np.empty(0, np.uint8)
         self.writable = not self._view.readonly if writable is None else writable
         self.page_size = 1
+        self._pieces = Pieces([(0, self._view)] if len(self._view) else [])
 
     @property
     def size(self) -> int:
@@ -574,7 +600,7 @@ class BytesMemory(Memory):
 
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`."""
-        return ((0, self._view),) if len(self._view) else ()
+        return self._pieces
 
     def u8(self, address: int) -> int:
         """See `Memory.u8`."""

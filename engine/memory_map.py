@@ -10,19 +10,20 @@ import bisect
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, InvalidArgumentError
-from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows, moved_pieces
+from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
 from engine.types import ADDRESS_SPACE, Extent
 
 RANGE_LIMIT = 1 << 20
 """More ranges than any machine has: a larger map is an error, not a slow one."""
 
 PIECES_MOST = 4096
-"""Pieces up to which a memory is handed on as such: to make them costs 0.5 µs each."""
+"""Pieces up to which a memory is handed on as such: making them costs a microsecond each, once."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -135,6 +136,7 @@ class MappedMemory(Memory):
         self._real_column = np.array([entry.real_base for entry in self._ranges], np.uint64)
         self.page_size = _granularity(source.page_size, self._ranges)
         self.writable = source.writable
+        self._handed: tuple[Pieces, Pieces] | None = None
 
     @property
     def size(self) -> int:
@@ -271,13 +273,13 @@ class MappedMemory(Memory):
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`."""
         found = self.source.pieces()
-        if found is None or len(found) * len(self._ranges) > PIECES_MOST:
+        if found is None or len(found.parts) * len(self._ranges) > PIECES_MOST:
             return None
-        return tuple(
-            piece
-            for entry in self._ranges
-            for piece in moved_pieces(found, entry.real_base, entry.length, entry.base)
-        )
+        kept = self._handed
+        if kept is None or kept[0] is not found:
+            parts = (found.moved(entry.real_base, entry.length, entry.base) for entry in self._ranges)
+            kept = self._handed = found, Pieces(chain.from_iterable(parts))
+        return kept[1]
 
     def _scalar(self, address: int, size: int) -> int | None:
         """The source address of a word that lies within one range."""

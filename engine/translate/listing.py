@@ -18,10 +18,10 @@ def clipped(chunks: Iterator[Blocks], low: int, last: int) -> Iterator[Blocks]:
     """The rows cut to [`low`, `last`]."""
     first, end = np.uint64(low), np.uint64(last)
     for chunk in chunks:
-        ends = chunk.starts + (chunk.sizes - np.uint64(1))
-        if int(chunk.starts[0]) >= low and int(ends[-1]) <= last:
+        if int(chunk.starts[0]) >= low and int(chunk.starts[-1]) + int(chunk.sizes[-1]) - 1 <= last:
             yield chunk
             continue
+        ends = chunk.starts + (chunk.sizes - np.uint64(1))
         inside = (ends >= first) & (chunk.starts <= end)
         if not inside.all():
             chunk, ends = chunk.take(inside), ends[inside]

@@ -41,7 +41,8 @@ class LevelRows:
         self.tables = (self.faults == 0) & (self.page_bits == TABLE_BITS)
         self._masks = [(np.uint64(kind.mask), np.uint64(kind.value)) for kind in level.kinds]
         self._parts = [_parts(kind) for kind in level.kinds]
-        self._index = _runs(_tested(level)) if _tested(level).bit_count() <= INDEX_BITS else None
+        self.tested = _tested(level)
+        self._index = _runs(self.tested) if self.tested.bit_count() <= INDEX_BITS else None
         self._answers: tuple[Bytes, Bytes, Bytes] | None = None
         if self._index is not None:
             every = _every(self._index)
@@ -188,6 +189,8 @@ class SpecRows:
         self.low_stop = 1 << spec.low_bits if spec.low_bits else 0
         self.high_start = (1 << spec.address_bits) - (1 << spec.high_bits) if spec.high_bits else None
         self.top = (1 << spec.address_bits) - 1
+        self.native: npt.NDArray[np.uint64] | None = None
+        """The same for the accelerator, which sets it."""
 
     def canonical(self, addresses: Addresses) -> tuple[Addresses, npt.NDArray[np.bool_] | None]:
         """The addresses without their tags, and which this mode translates; None: all of them."""

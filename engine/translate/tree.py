@@ -25,7 +25,6 @@ TABLES_MOST = 1 << 22
 TABLES_LEAST = 1 << 12
 WORK_PER_ENTRY = 64
 """Bytes that the columns of one entry take while it is looked at (measured)."""
-_LAST = (1 << 64) - 1
 _Index = npt.NDArray[np.intp]
 
 
@@ -59,6 +58,13 @@ class Bounds:
         return good
 
 
+def top_start(rows: SpecRows, extent: Extent) -> int:
+    """Where the first entry of the top table would begin, so that those in `extent` begin where they do."""
+    level = rows.levels[0]
+    begin = extent.start >> int(level.shift)
+    return (begin - (begin & level.count - 1)) << int(level.shift)
+
+
 def table_limit(physical: Memory, levels: int) -> int:
     """How many tables a walk reads at the most: what memory has room for, at every level."""
     return min(TABLES_MOST, TABLES_LEAST + levels * (physical.size >> 12))
@@ -88,10 +94,7 @@ class TreeWalk:
 
     def walk(self, extent: Extent, low: int, last: int) -> Iterator[Blocks]:
         """What lies in [`low`, `last`] of `extent`, one of the mode's, edges rounded to whole entries."""
-        level = self.rows.levels[0]
-        span = level.span
-        index = extent.start // span & (level.count - 1)
-        start = (extent.start // span - index) * span & _LAST
+        start = top_start(self.rows, extent)
         top = np.array([self.dtb], np.uint64)
         if self.begun:  # the other half of the same table
             self.report.tables -= 1
