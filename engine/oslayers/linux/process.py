@@ -7,10 +7,11 @@ from typing import Any
 
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.memory import BytesMemory, Memory
-from engine.oslayer import PhysicalMaps, Process
+from engine.oslayer import C, PhysicalMaps, Process, ProcFiles
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
+from engine.oslayers.linux.procfiles import LinuxProcFiles
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.vmas import regions_of
 from engine.translate.maps import regions
@@ -81,6 +82,13 @@ class LinuxProcess(Process, PhysicalMaps):
             object=record.address,
             extra=extra,
         )
+
+    def capability(self, kind: type[C]) -> C | None:
+        """See `Capable.capability`."""
+        if issubclass(ProcFiles, kind):
+            files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
+            return files if isinstance(files, kind) else None
+        return super().capability(kind)
 
     def _executable(self, record: TaskRecord) -> tuple[str | None, bool | None]:
         """(path of the executable, whether its name was removed); None where there is none, or it cannot be read."""

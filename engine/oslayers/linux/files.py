@@ -1,0 +1,96 @@
+"""What a process has open: its table of descriptors, and the file behind each.
+
+Sources: Linux include/linux/{fdtable,fs,fs_struct,eventpoll}.h, fs/file.c; releases 5.10 to 7.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import FaultError, NotFoundError
+from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.objects import Objects
+from engine.oslayers.linux.paths import Paths
+from engine.oslayers.linux.tasks import Tasks
+
+DESCRIPTOR_LIMIT = 1 << 20
+"""fs.nr_open by default (sysctl_nr_open of fs/file.c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDescriptor:
+    """One descriptor of a process."""
+
+    number: int
+    file: int
+    """The kernel's address of its `struct file`."""
+    path: str | None
+    """As readlink(2) of /proc/PID/fd/N gives it; None where it cannot be read."""
+    flags: int | None
+    """As open(2) took them (f_flags)."""
+    position: int | None
+    inode: int | None
+    """The kernel's address of its inode."""
+
+
+class Descriptors:
+    """Reads the descriptors of processes in one operation."""
+
+    def __init__(self, kernel: Kernel, tasks: Tasks) -> None:
+        """Raises NotFoundError where the kernel's types lack what this needs."""
+        self.objects: Objects = kernel.objects()
+        self.task = tasks.task
+        self.paths = Paths(self.objects)
+        table, files = self.objects.struct("fdtable"), self.objects.struct("files_struct")
+        self.table_of = files["fdt"]
+        self.most, self.array = table["max_fds"], table["fd"]
+        file = self.objects.struct("file")
+        self.flags, self.position, self.inode = file["f_flags"], file["f_pos"], file["f_inode"]
+
+    def files(self, task: int) -> list[tuple[int, int]]:
+        """(number, address of the `struct file`) of every open descriptor, ascending. Empty for a kernel thread."""
+        objects = self.objects
+        try:
+            files = objects.pointer(task + self.task["files"].offset)
+            if not objects.is_pointer(files):
+                return []
+            table = objects.pointer(files + self.table_of.offset)
+            count = min(objects.value(table, self.most), DESCRIPTOR_LIMIT)
+            data = objects.memory.read(objects.pointer(table + self.array.offset), count * objects.word)
+        except FaultError:
+            objects.skipped["descriptor table"] += 1
+            return []
+        pointers = np.frombuffer(data, objects.word_type)
+        numbers = np.flatnonzero(pointers).tolist()
+        return [(number, int(pointers[number])) for number in numbers if objects.is_pointer(int(pointers[number]))]
+
+    def of(self, task: int) -> Iterator[OpenDescriptor]:
+        """Every open descriptor of a task, ascending."""
+        for number, file in self.files(task):
+            yield self.describe(number, file)
+
+    def describe(self, number: int, file: int) -> OpenDescriptor:
+        """One descriptor; what cannot be read of it is None."""
+        objects = self.objects
+        path: str | None = None
+        flags = position = inode = None
+        try:
+            flags, position = objects.value(file, self.flags), objects.value(file, self.position)
+            inode = objects.pointer(file + self.inode.offset)
+            path = self.paths.of_file(file)
+        except FaultError:
+            objects.skipped["file"] += 1
+        return OpenDescriptor(number, file, path, flags, position, inode)
+
+    def folder(self, task: int, name: str) -> str | None:
+        """The path of a task's `pwd` or `root`; None where it has none, or it cannot be read."""
+        try:
+            place = self.objects.pointer(task + self.task["fs"].offset)
+            if not self.objects.is_pointer(place):
+                return None
+            return self.paths.of_path(place + self.objects.struct("fs_struct")[name].offset)
+        except (FaultError, NotFoundError):
+            return None
