@@ -18,6 +18,7 @@ lease until it runs again. A forked child has no leases: what it inherits counts
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -115,7 +116,10 @@ class Lease:
                 return False
             if self.held:
                 # While a break is pending this gives what the lease is to become: F_UNLCK.
-                self.held = fcntl.fcntl(self._descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+                try:
+                    self.held = fcntl.fcntl(self._descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+                except OSError:  # somebody has closed all descriptors of the process
+                    self.held = False
             return not self.held
 
     def _end(self) -> None:
@@ -137,11 +141,11 @@ class Lease:
     def _give_up(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            try:  # closing alone would leave it to a forked child that has the descriptor too
+            with contextlib.suppress(OSError):  # the kernel has taken it already
+                # Closing alone would leave it to a forked child that has the descriptor too.
                 fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            except OSError:
-                log.debug("a lease was gone already", exc_info=True)
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _disown(self) -> None:
         """In a forked child: the lease is the parent's, and no thread here would hear of its end."""

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-MOMENT = 5.0
-"""Seconds for which a writer may wait on a busy machine; the kernel would let it in after 45."""
+MOMENT = 20.0
+"""Seconds after which a writer was held up, also on a busy machine: unasked the kernel lets it in after 45."""
 _OUTSIDE = """
 import mmap, os, sys, time
 path, act = sys.argv[1:]

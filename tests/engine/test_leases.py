@@ -287,7 +287,7 @@ assert isinstance(lease, Lease), lease
 def alone(path: str, code: str) -> str:
     """What a program of its own prints that holds a lease."""
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", _ALONE + code, path],
+        [sys.executable, "-X", "dev", "-W", "ignore:This process:DeprecationWarning", "-c", _ALONE + code, path],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
