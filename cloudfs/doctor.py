@@ -94,8 +94,8 @@ def _holes(release: int | None) -> Finding:
     if loaded is not None and release != loaded.release:
         reason = "it was compiled with headers of another libfuse than pyfuse3 uses"
     if reason is None:
-        return Finding("shim", used=True, detail="programs pass over holes, and closing a file is no request")
-    return Finding("shim", used=False, detail=f"holes are read as zeros: {reason}")
+        return Finding("shim", used=True, detail="programs pass over holes, and small reads cost no Python")
+    return Finding("shim", used=False, detail=f"reads are slower, and holes are read as zeros: {reason}")
 
 
 def _abort() -> Finding:

@@ -1,8 +1,9 @@
 """The shim: a little C in front of libfuse that adds what pyfuse3 leaves out (`native/fuse_shim.c`).
 
-With it lseek(2) SEEK_DATA and SEEK_HOLE are answered, so that cp, grep and tar pass over what holds no data, and
-closing a file costs no request. It is compiled at the first mount, where there are a compiler and the headers of
-libfuse, and kept in the user's cache directory. Without it all works, only slower.
+With it lseek(2) SEEK_DATA and SEEK_HOLE are answered, so that cp, grep and tar pass over what holds no data, closing
+a file costs no request, and plain reads and writes of memory no Python (see `shortcuts`). It is compiled at the first
+mount, where there are a compiler and the headers of libfuse, and kept in the user's cache directory. Without it all
+works, only slower.
 
 It has to be loaded before pyfuse3 is imported: `load`, then `import cloudfs.mount`. Nothing is ever loaded that
 another user could have written.

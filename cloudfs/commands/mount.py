@@ -88,7 +88,7 @@ def configure(parser: Parser) -> None:
         help="after a request, poll so long for the next: faster from another CPU, for a CPU kept busy meanwhile (0)",
     )
     add("--stock-loop", action="store_true", help="trio's own primitives instead of faster ones")
-    add("--no-shim", action="store_true", help="do without C: holes are read as zeros (also: CLOUDFS_SHIM=0)")
+    add("--no-shim", action="store_true", help="do without C: slower, holes are read as zeros (also: CLOUDFS_SHIM=0)")
     add("--self-check", action="store_true", help="check the table of inodes at the end")
     add_chain_options(parser, os_option="--os")
     help_text = "ro, rw (= --writable), allow_other, uid=N, gid=N, fsname=NAME …; any other word: as --os"

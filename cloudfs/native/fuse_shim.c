@@ -33,7 +33,8 @@ static const uint64_t FLUSHED = UINT64_C(1) << 62;
 
 static seek_handler handler;
 static int state = IDLE;
-static int hasty; /* receive() answers what it can, and never waits */
+static struct fuse_session *made; /* the last one */
+static int hasty;                 /* its receive() answers what it can, and never waits */
 static int running_release;
 static int (*true_reply_open)(fuse_req_t, const struct fuse_file_info *);
 static int (*true_reply_err)(fuse_req_t, int);
@@ -54,6 +55,7 @@ PUBLIC void cloudfs_shim_begin(seek_handler given) {
     handler = given;
     state = IDLE;
     hasty = 0;
+    made = NULL;
 }
 
 PUBLIC int cloudfs_shim_state(void) { return state; }
@@ -125,7 +127,7 @@ struct fuse_session *session_new(struct fuse_args *arguments, const struct fuse_
     if (!next)
         return NULL;
     given = extended(library, given, &size, &wide);
-    return next(arguments, given, size, data);
+    return made = next(arguments, given, size, data);
 }
 
 struct fuse_session *session_new_versioned(struct fuse_args *arguments, const struct fuse_lowlevel_ops *given,
@@ -140,7 +142,7 @@ struct fuse_session *session_new_versioned(struct fuse_args *arguments, const st
     if (!next)
         return NULL;
     given = extended(library, given, &size, &wide);
-    return next(arguments, given, size, version, data);
+    return made = next(arguments, given, size, version, data);
 }
 
 int reply_open(fuse_req_t request, const struct fuse_file_info *info) {
@@ -182,8 +184,7 @@ struct shortcut {
 
 static struct shortcut shortcuts[SHORTCUTS];
 static int64_t spin;
-static void (*count)(void);
-static int blocking; /* so is the session's descriptor, as libfuse made it */
+static void (*counter)(void);
 static unsigned page_shift;
 static char room[ROOM] __attribute__((aligned(4096)));
 
@@ -198,14 +199,14 @@ extern void *PyEval_SaveThread(void) __attribute__((weak));
 extern void PyEval_RestoreThread(void *) __attribute__((weak));
 
 /*
- * From now on receive() does not wait, but polls for `nanoseconds` after each request, and calls `counter` when it has
- * used any shortcut. 0 where that cannot be.
+ * Called when the session is mounted. From now on receive() does not wait, but polls for `nanoseconds` after each
+ * request, and calls `given` when it has used any shortcut. 0 where that cannot be.
  */
-PUBLIC int cloudfs_shim_hasten(int64_t nanoseconds, void (*counter)(void)) {
-    hasty = state == SERVING && PyEval_SaveThread && PyEval_RestoreThread;
+PUBLIC int cloudfs_shim_hasten(int64_t nanoseconds, void (*given)(void)) {
+    hasty = state == SERVING && PyEval_SaveThread && PyEval_RestoreThread && made &&
+            fcntl(session_fd(made), F_SETFL, O_RDWR | O_NONBLOCK) == 0;
     spin = nanoseconds;
-    count = counter;
-    blocking = 1;
+    counter = given;
     page_shift = (unsigned)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE));
     memset(shortcuts, 0, sizeof shortcuts);
     memset((void *)cloudfs_shim_words, 0, sizeof cloudfs_shim_words);
@@ -355,15 +356,13 @@ int receive(struct fuse_session *session, struct fuse_buf *buffer) {
     int result;
     if (!hasty)
         return true_receive ? true_receive(session, buffer) : -ENOSYS;
-    if (blocking)
-        blocking = fcntl(session_fd(session), F_SETFL, O_RDWR | O_NONBLOCK) != 0;
     result = true_receive(session, buffer);
     if (result == -EAGAIN ? spin != 0 : result > 0 && way_of(buffer)) {
         void *thread = PyEval_SaveThread();
         result = serve_all(session, buffer, result);
         PyEval_RestoreThread(thread);
         if (cloudfs_shim_words[USED])
-            count();
+            counter();
     }
     cloudfs_shim_words[READY] = result != -EAGAIN;
     return result == -EAGAIN ? -EINTR : result;

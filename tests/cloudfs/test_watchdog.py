@@ -30,6 +30,26 @@ def test_it_fires_once_when_what_was_entered_is_not_left(caplog: pytest.LogCaptu
     assert "test_watchdog.py" in caplog.text
 
 
+def test_it_fires_when_the_shim_does_not_get_on() -> None:
+    fired: list[int] = []
+    with Watchdog(lambda: fired.append(1), limit=0.1) as watchdog:
+        watchdog.shared = (7, 1)
+        watchdog.came()
+        until(lambda: fired)
+
+
+def test_it_does_not_fire_while_the_shim_gets_on() -> None:
+    fired: list[int] = []
+    with Watchdog(lambda: fired.append(1), limit=0.1) as watchdog:
+        watchdog.came()
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            watchdog.shared = (watchdog.shared[0] + 1, 1)
+            time.sleep(0.01)
+        watchdog.shared = (watchdog.shared[0], 0)
+    assert not fired
+
+
 def test_it_does_not_fire_while_things_are_entered_and_left() -> None:
     fired: list[int] = []
     with Watchdog(lambda: fired.append(1), limit=0.1) as watchdog:
