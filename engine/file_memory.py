@@ -2,9 +2,10 @@
 
 The file may be cut, grow or be written by others at any moment. Copying from the mapping of a file that was cut
 is SIGBUS, so Python touches a mapping only of a file that is said to be immutable, or while a read lease keeps
-writers out (`engine.leases`); of others words, blocks and columns are read by pread(2), which answers with fewer
-bytes. `borrow` is for replies of the kernel, which answers EFAULT. Nor is a hole of a file in tmpfs ever touched by
-a mapping: that would give it a page.
+writers out (`engine.leases`); of others words and blocks are read by pread(2), which answers with fewer bytes, and
+columns by C that survives the signal (`engine.accelerator`), or by pread(2) without it. `borrow` is for replies of
+the kernel, which answers EFAULT. Nor is a hole of a file in tmpfs ever touched by a mapping: that would give it a
+page.
 
 (0.45 µs for pread of 8 bytes, 0.25 µs for the size by lseek(2), 0.75 µs for fstat(2), measured.)
 
@@ -25,6 +26,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from engine import accelerator
 from engine.errors import (
     ConnectorClosedError,
     FaultError,
@@ -36,7 +38,18 @@ from engine.errors import (
     UnusableTargetError,
 )
 from engine.leases import Lease, take
-from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, SLICE_ROW, Addresses, Data, Faults, Memory, Rows, gather_from
+from engine.memory import (
+    COLUMN_THRESHOLD,
+    NO_FAULTS,
+    SLICE_ROW,
+    Addresses,
+    Data,
+    Faults,
+    Memory,
+    Pieces,
+    Rows,
+    gather_from,
+)
 from engine.middleware import truth
 from engine.mounts import Backing, backing_of_file
 from engine.types import Extent, Shortcut
@@ -134,6 +147,7 @@ class FileMemory(Memory):
         self._size = os.lseek(number, 0, os.SEEK_END)  # behind the lease, which keeps it
         self._mapping: tuple[memoryview, Rows] | None = None
         self._mappable = True
+        self._handed: tuple[object, int, Pieces] | None = None
 
     def _take_lease(self, number: int) -> None:
         found = take(number)
@@ -265,10 +279,11 @@ class FileMemory(Memory):
     def _mapped(self, descriptor: _Descriptor, stop: int) -> tuple[memoryview, Rows] | None:
         """The mapping, made anew where the file has grown up to `stop`; None where there can be none.
 
-        None too where the file has holes now, as its blocks tell.
+        None too where a file in memory has holes now, as its blocks tell.
         """
         status = os.fstat(descriptor.number)
-        if stop > status.st_size or status.st_blocks * 512 < status.st_size or not self._mappable:
+        holes = self.backing is Backing.MEMORY and status.st_blocks * 512 < status.st_size
+        if stop > status.st_size or holes or not self._mappable:
             return None
         mapping = self._mapping
         if mapping is None or len(mapping[0]) < stop:
@@ -281,15 +296,55 @@ class FileMemory(Memory):
         return mapping
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
-        """See `Memory.gather`: of an immutable file from its mapping, 5 ns a word; else by pread, piece by piece."""
-        if len(addresses) <= COLUMN_THRESHOLD or not 0 < out.shape[1] < SLICE_ROW:
+        """See `Memory.gather`: from the mapping, 5 ns a word, where that is safe; else by pread, piece by piece."""
+        if len(addresses) <= COLUMN_THRESHOLD or not out.shape[1]:
             return super().gather(addresses, out)
-        descriptor, lease = self._open(), self.lease
-        if self._declared:
+        descriptor, lease, narrow = self._open(), self.lease, out.shape[1] < SLICE_ROW
+        if narrow and self._declared:
             return self._gather_mapped(descriptor, addresses, out)
-        if lease is not None and lease.held:
+        if narrow and lease is not None and lease.held:
             return self._gather_leased(lease, descriptor, addresses, out)
-        return self._gather_pieces(descriptor, addresses, out)
+        found = accelerator.library()
+        pieces = self.pieces() if found is not None else None
+        if found is not None and pieces is not None:
+            return self._gather_guarded(found, pieces, descriptor, addresses, out)
+        return self._gather_pieces(descriptor, addresses, out) if narrow else super().gather(addresses, out)
+
+    def _gather_guarded(
+        self, found: accelerator.Library, pieces: Pieces, descriptor: _Descriptor, addresses: Addresses, out: Rows
+    ) -> Faults:
+        """From the mapping of a file that may be cut at any moment; rows that failed are asked of the file itself."""
+        rows = accelerator.gather(found, pieces, addresses, out).view(np.intp)
+        size = self.size
+        if size < len(pieces.parts[0][1]):  # cut meanwhile: behind its end the last page shows zeros
+            width = out.shape[1]
+            behind = addresses > size - width if size >= width else np.ones(len(addresses), bool)
+            behind[rows] = True
+            rows = np.flatnonzero(behind)
+        if not len(rows):
+            return NO_FAULTS
+        part = np.empty((len(rows), out.shape[1]), np.uint8)
+        faults = self._gather_pieces(descriptor, addresses[rows], part)
+        out[rows] = part
+        return Faults(rows[faults.rows], faults.addresses, faults.kinds)
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """Where they come from a mapping."""
+        return self.immutable and self.backing is not Backing.REMOTE
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`. None of a file on FUSE or a network, nor of one in memory that has holes."""
+        kept, descriptor = self._handed, self._open()
+        if kept is not None and self._declared:
+            return kept[2]
+        size = self.size if self.backing is not Backing.REMOTE else 0
+        mapping = self._mapped(descriptor, size) if size else None
+        if mapping is None:
+            return None
+        if kept is None or kept[0] is not mapping or kept[1] != size:
+            kept = self._handed = mapping, size, Pieces([(0, mapping[0][:size])])
+        return kept[2]
 
     def _gather_mapped(self, descriptor: _Descriptor, addresses: Addresses, out: Rows) -> Faults:
         mapping = self._mapped(descriptor, self._size) if self._size else None
@@ -379,7 +434,7 @@ class FileMemory(Memory):
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""
         self._descriptor = None
-        self._mapping = None
+        self._mapping = self._handed = None
         if self.lease is not None:
             self.lease.release()
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import array
 import os
+import signal
 import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
+from support import require
 
+from engine import accelerator
 from engine.errors import ConnectorClosedError, FaultError, InvalidArgumentError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.testing import Truth, check_memory, check_writes
@@ -263,3 +266,79 @@ def test_a_reader_never_reads_by_a_number_that_close_gave_to_another_file(tmp_pa
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_columns_of_a_live_file_come_from_its_mapping_and_are_right(path):
+    require(accelerator.library() is not None, f"there is no accelerator: {accelerator.why_not()}")
+    memory = FileMemory(path)
+    addresses = np.random.default_rng(3).integers(0, len(DATA) + 100, 5000).astype(np.uint64)
+    for width in (1, 4, 8, 13, 4096):
+        out = np.empty((len(addresses), width), np.uint8)
+        faults = memory.gather(addresses, out)
+        padded = np.frombuffer(DATA + bytes(5000), np.uint8)
+        wanted = np.lib.stride_tricks.sliding_window_view(padded, width)[addresses.astype(np.int64)]
+        assert np.array_equal(out, wanted)
+        assert faults.rows.tolist() == np.flatnonzero(addresses + np.uint64(width) > len(DATA)).tolist()
+        assert faults.addresses.tolist() == [max(len(DATA), int(addresses[row])) for row in faults.rows]
+    assert memory._mapping is not None
+
+
+def test_threads_that_gather_from_a_live_file_survive_that_it_is_cut_and_grown_all_the_time(path):
+    require(accelerator.library() is not None, f"there is no accelerator: {accelerator.why_not()}")
+    memory = FileMemory(path)
+    cutter = subprocess.Popen(
+        [sys.executable, "-c", "import os, sys\nwhile True: [os.truncate(sys.argv[1], n) for n in (0, 300000)]", path]
+    )
+    rounds: list[int] = []
+    wrong: list[int] = []
+
+    def gather(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        for _ in range(400):
+            addresses = generator.integers(0, 299_990, 300).astype(np.uint64)
+            out = np.empty((300, 8), np.uint8)
+            memory.gather(addresses, out)
+            before = np.frombuffer(DATA, np.uint8)[addresses.astype(np.int64)[:, None] + np.arange(8)]
+            rounds.append(seed)
+            wrong.extend(np.flatnonzero((out != 0) & (out != before)).tolist())
+
+    try:
+        threads = [threading.Thread(target=gather, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        cutter.kill()
+        cutter.wait()
+    assert len(rounds) == 4 * 400
+    assert not wrong
+
+
+def test_a_bus_error_that_is_not_ours_still_ends_a_program_and_asks_its_own_handler(tmp_path):
+    require(accelerator.library() is not None, f"there is no accelerator: {accelerator.why_not()}")
+    program = """
+import faulthandler, mmap, os, sys
+import numpy as np
+from engine.file_memory import FileMemory
+if sys.argv[2] == "handler":
+    faulthandler.enable()
+memory = FileMemory(sys.argv[1])
+with open(sys.argv[1], "r+b") as file:
+    mapping = mmap.mmap(file.fileno(), 0)
+assert not memory.gather(np.zeros(100, np.uint64), np.empty((100, 8), np.uint8))
+os.truncate(sys.argv[1], 0)
+faults = memory.gather(np.full(100, 50_000, np.uint64), np.empty((100, 8), np.uint8))
+assert len(faults) == 100
+print("alive", flush=True)
+mapping[50_000]
+"""
+    for handler in ("handler", "none"):
+        (tmp_path / "image").write_bytes(bytes(100_000))
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "image"), handler],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.stdout == "alive\n"
+        assert done.returncode == -signal.SIGBUS
+        assert ("Fatal Python error: Bus error" in done.stderr) == (handler == "handler")
