@@ -143,7 +143,9 @@ class InodeTable:
 
     def _drop(self, entry: Entry) -> None:
         del self._by_inode[entry.inode], self._by_identity[entry.identity]
-        self._recency.pop(entry.inode, None)
+        if entry.directory is not None:
+            self._recency.pop(entry.inode, None)
+            self._named.discard(entry.inode)
         record = entry.parent.directory if entry.parent is not None else None
         if record is not None:
             record.children -= 1
@@ -257,7 +259,6 @@ class InodeTable:
         They were open when their names went, and what was seen in them later has to be named itself.
         """
         known = self._by_inode
-        self._named = {inode for inode in self._named if inode in known}
         left = {
             inode
             for inode in self._named
@@ -303,7 +304,7 @@ class InodeTable:
         self._by_inode = dict(self._by_inode)
         self._by_identity = dict(self._by_identity)
         self._recency = dict(self._recency)
-        self._named &= self._by_inode.keys()
+        self._named = set(self._named)
 
     # -- for tests -----------------------------------------------------------------------------------------
 
@@ -337,5 +338,6 @@ class InodeTable:
                     self._by_inode.get(child.inode) is child and child.parent is entry,
                     f"inode {inode} names a directory {name!r} that is not its own",
                 )
+        holds(self._named <= self._by_inode.keys(), "it remembers that it named what is gone")
         for inode, entry in self._recency.items():
             holds(self._by_inode.get(inode) is entry, f"forgotten inode {inode} is still a candidate")
