@@ -388,19 +388,22 @@ class Machine:
             raise InvalidArgumentError(f"{spec.plugin} stands on a connector: name one with -c")
         if not plugin.needs_memory and parent is not None:
             raise InvalidArgumentError(f"{spec.plugin} stands on no connector: leave -c {parent.name} out")
-        layer = plugin.open(self._base(spec, parent), spec.options)
+        base = self._base(spec, parent)
+        layer = plugin.open(base, spec.options)
         try:
             info = layer.info
         except BaseException:
             layer.close()
             raise
-        return Instance("oslayer", opening.name, spec, parent, layer, opened_live=info.live, writable=info.writable)
+        live = info.live and base.lease is None  # else it was told so, and `Instance.live` asks the lease
+        return Instance("oslayer", opening.name, spec, parent, layer, opened_live=live, writable=info.writable)
 
     def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
         if parent is None:
             return Base(target=spec.target, writable=self.writable, live=True)
         hints = parent.connector.hints()
-        return Base(parent.memory, hints, spec.target, parent.writable, parent.live, parent.lease)
+        lease = parent.lease
+        return Base(parent.memory, hints, spec.target, parent.writable, parent.live or lease is not None, lease)
 
     def _recognise(self, opening: Opening) -> Instance:
         parent, spec = opening.parent, opening.spec

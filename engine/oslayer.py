@@ -10,7 +10,7 @@ To add an OS layer:
 4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.oslayers`.
 5. Run `engine.testing.check_oslayer` on it; the suite in `tests/engine` picks it up from the registry.
 
-Freshness has one owner: where `Base.may_cache` is false nothing read outlives the operation that read it; the
+Freshness has one owner: where `Base.live` is true nothing read outlives the operation that read it; the
 lists of processes are kept for a second by `Instance`, not here.
 """
 
@@ -27,12 +27,14 @@ from engine.memory import Memory
 from engine.types import (
     ExportInfo,
     ImportInfo,
+    LogRecord,
     ModuleInfo,
     OsInfo,
     PhysicalMap,
     ProcessInfo,
     Region,
     SectionInfo,
+    SymbolInfo,
     TargetHints,
     ThreadInfo,
 )
@@ -50,14 +52,14 @@ class Base:
     target: str = ""
     writable: bool = False
     live: bool = False
-    """As it was when it was opened."""
+    """Whether it may change while the layer is open; said too of what only a lease keeps from changing."""
     lease: Lease | None = None
-    """What it hangs on that it is not live."""
+    """Nothing changes for as long as it is held."""
 
     @property
     def may_cache(self) -> bool:
-        """Whether what was read stays true; may turn false while it is open, and stays so: ask each time."""
-        return not self.live and (self.lease is None or self.lease.held)
+        """Whether what was read is still true; over a lease that ends it turns false, and stays so: ask each time."""
+        return not self.live or (self.lease is not None and self.lease.held)
 
 
 class Capable:
@@ -225,6 +227,30 @@ class PhysicalMaps(ABC):
     @abstractmethod
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """Runs of pages that follow one another in both address spaces, ascending. Raises ProcessExitedError."""
+
+
+class KernelLog(ABC):
+    """Of an OsLayer: what the kernel has logged (dmesg)."""
+
+    @abstractmethod
+    def records(self) -> Iterator[LogRecord]:
+        """The records that are still there, oldest first. Raises FaultError where the log cannot be read."""
+
+
+class Symbols(ABC):
+    """Of an OsLayer: the symbols of its kernel."""
+
+    @abstractmethod
+    def symbols(self) -> Iterator[SymbolInfo]:
+        """All of them, ascending by address, those of modules last."""
+
+    @abstractmethod
+    def find(self, name: str) -> list[int]:
+        """The addresses of all symbols of that name: names repeat."""
+
+    @abstractmethod
+    def at(self, address: int) -> SymbolInfo | None:
+        """The symbol at or below an address; None where all lie above."""
 
 
 class HostOwned(ABC):

@@ -140,7 +140,7 @@ def instance_record(instance: Instance) -> Record:
     if instance.kind == "connector":
         own = connector_record(instance.connector.info)
     else:
-        own = os_record(instance.layer.info, len(instance.pids()))
+        own = {**os_record(instance.layer.info, len(instance.pids())), "live": instance.live}
     record: Record = {"name": instance.name, **own}
     record["spec"] = str(instance.spec)
     record["options"] = dict(instance.spec.options)

@@ -491,6 +491,26 @@ def test_an_instance_and_what_stands_on_it_turn_live_when_a_writer_comes(path: s
         assert not instance.live
 
 
+def test_an_os_on_an_image_is_not_live_and_sees_page_tables_that_a_writer_changed(tmp_path: Path) -> None:
+    #   0x1000 -> 0x2000 -> 0x3000 -> 0x4000 -> 0x6000 "A"; the writer puts 0x5000 -> 0x7000 "B" below 0x3000
+    image = tmp_path / "image"
+    pages = bytearray(0x8000)
+    for table, following in ((0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000), (0x4000, 0x6000), (0x5000, 0x7000)):
+        pages[table : table + 8] = (following | 3).to_bytes(8, "little")
+    pages[0x6000:0x8000] = b"A" * 0x1000 + b"B" * 0x1000
+    image.write_bytes(pages)
+    with Machine() as machine:
+        connector = machine.open("connector", f"raw:{image}")
+        system = machine.open("oslayer", "raw-dtb:dtb=0x1000", parent=connector)
+        memory = system.layer.kernel_memory
+        assert memory is not None
+        assert (memory.read(0, 4), system.live, system.lease) == (b"AAAA", False, connector.lease)
+        with image.open("r+b") as file:
+            file.seek(0x3000)
+            file.write((0x5003).to_bytes(8, "little"))
+        assert (memory.read(0, 4), system.live) == (b"BBBB", True)
+
+
 def test_an_instance_that_is_removed_holds_up_no_writer(path: str) -> None:
     with Machine() as machine:
         machine.open("connector", f"raw:{path}", name="image")
