@@ -1,7 +1,7 @@
 # Sets up what cloudfs needs on a Debian-like machine; sourced by demo and test, never run by itself.
 #
 #   setup EXTRAS PACKAGES…    EXTRAS: extras of pyproject.toml, comma-separated, or -; PACKAGES: further Debian packages,
-#                             written COMMAND=PACKAGE: installed where COMMAND is missing
+#                             written COMMAND=PACKAGE or /PATH=PACKAGE: installed where that is missing
 #
 # Afterwards .venv/bin/cloudfs runs. Nothing outside of the clone is changed but Debian packages that are missing, and
 # the link /etc/mtab where a system has never been started (a container, a debootstrap root).
@@ -39,7 +39,10 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
     { command -v pkg-config >/dev/null && pkg-config --exists fuse3; } || echo libfuse3-dev
     command -v gcc >/dev/null || echo gcc libc6-dev
     for pair in "$@"; do
-        command -v "${pair%%=*}" >/dev/null || echo "${pair#*=}"
+        case $pair in
+        /*) [ -e "${pair%%=*}" ] ;;
+        *) command -v "${pair%%=*}" >/dev/null ;;
+        esac || echo "${pair#*=}"
     done
 }
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No test has a time in it. The first text that Hypothesis makes in a fresh clone takes seconds: it writes tables of
 # Unicode then, which its health check takes for a slow strategy.
 settings.register_profile("cloudfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cloudfs")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the test command; they must stand here to be known whatever is run."""
+    parser.addoption("--all-guests", action="store_true", help="boot every guest of tests/guests, not only those of CI")

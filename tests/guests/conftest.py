@@ -1,0 +1,49 @@
+"""Recorded guests as fixtures: `guest(name)` gives one, `recording` goes through all of this run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+from guests import recorder
+from guests.catalogue import GUESTS, selected
+from guests.kernels import GuestError, MissingError, provide
+from guests.recording import Recording
+from support import require
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "recording" in metafunc.fixturenames:
+        names = selected(metafunc.config.getoption("--all-guests"))
+        metafunc.parametrize("recording", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def guest(request: pytest.FixtureRequest) -> Callable[[str], Recording]:
+    """The recording of a guest by its name in the catalogue: `guest("amd64-6.1-4level")`.
+
+    It is made on first use, which takes some ten seconds, and kept outside of the repository.
+    """
+    with contextlib.suppress(GuestError):  # all kernels in one call of apt-get; what fails is told per guest below
+        provide(GUESTS[name].kernel for name in selected(request.config.getoption("--all-guests")))
+    known: dict[str, Recording | str] = {}
+
+    def get(name: str) -> Recording:
+        if name not in known:
+            try:
+                known[name] = recorder.recorded(name)
+            except MissingError as error:
+                known[name] = str(error)
+        found = known[name]
+        require(isinstance(found, Recording), str(found))
+        assert isinstance(found, Recording)
+        return found
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def recording(request: pytest.FixtureRequest, guest: Callable[[str], Recording]) -> Recording:
+    """Each guest of this run in turn."""
+    return guest(request.param)
