@@ -27,12 +27,14 @@ from engine.memory import Memory
 from engine.types import (
     ExportInfo,
     ImportInfo,
+    LogRecord,
     ModuleInfo,
     OsInfo,
     PhysicalMap,
     ProcessInfo,
     Region,
     SectionInfo,
+    SymbolInfo,
     TargetHints,
     ThreadInfo,
 )
@@ -225,6 +227,30 @@ class PhysicalMaps(ABC):
     @abstractmethod
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """Runs of pages that follow one another in both address spaces, ascending. Raises ProcessExitedError."""
+
+
+class KernelLog(ABC):
+    """Of an OsLayer: what the kernel has logged (dmesg)."""
+
+    @abstractmethod
+    def records(self) -> Iterator[LogRecord]:
+        """The records that are still there, oldest first. Raises FaultError where the log cannot be read."""
+
+
+class Symbols(ABC):
+    """Of an OsLayer: the symbols of its kernel."""
+
+    @abstractmethod
+    def symbols(self) -> Iterator[SymbolInfo]:
+        """All of them, ascending by address, those of modules last."""
+
+    @abstractmethod
+    def find(self, name: str) -> list[int]:
+        """The addresses of all symbols of that name: names repeat."""
+
+    @abstractmethod
+    def at(self, address: int) -> SymbolInfo | None:
+        """The symbol at or below an address; None where all lie above."""
 
 
 class HostOwned(ABC):

@@ -225,6 +225,32 @@ class ImportInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One record of a kernel's log, of one or several lines."""
+
+    sequence: int
+    time_ns: int
+    """Nanoseconds since boot."""
+    level: int
+    """0 (emergency) to 7 (debug), as syslog(2) counts."""
+    facility: int
+    caller: int
+    """The thread that wrote it, or, with bit 31 set, the CPU; 0 where the kernel does not say."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolInfo:
+    """One symbol of a kernel."""
+
+    name: str
+    kind: str
+    """The letter that nm(1) prints."""
+    address: int
+    module: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectorInfo:
     """What a connector says of what it has opened."""
 

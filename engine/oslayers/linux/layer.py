@@ -17,13 +17,16 @@ from engine.errors import (
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
-from engine.oslayer import Base, Options, OsLayer, Process
+from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Symbols
 from engine.oslayers.linux.finding import Found, find_kernel
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.log import PrintkLog
+from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.symbols import LinuxSymbols
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
@@ -100,6 +103,25 @@ class LinuxLayer(OsLayer):
     def kernel_memory(self) -> Memory | None:
         """See `OsLayer.kernel_memory`."""
         return self.kernel.found.memory
+
+    def modules(self) -> Iterator[Module]:
+        """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell."""
+        try:
+            yield from kernel_modules(self.kernel)
+        except NotFoundError:
+            self.kernel.skipped["module list"] += 1
+
+    def capability(self, kind: type[C]) -> C | None:
+        """See `Capable.capability`."""
+        found: object = None
+        if issubclass(KernelLog, kind):
+            try:
+                found = PrintkLog(self.kernel.found.memory, self.kernel.found.vmcoreinfo, self.kernel.profile.word)
+            except NotFoundError:
+                return None
+        elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
+            found = LinuxSymbols(self.kernel)
+        return found if isinstance(found, kind) else super().capability(kind)
 
     def pids(self) -> list[int]:
         """See `OsLayer.pids`: without the idle task, which has no number that a user sees."""
