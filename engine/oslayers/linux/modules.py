@@ -114,7 +114,7 @@ class KernelModule(Module):
                 yield ExportInfo(name, address - base, size or None)
 
     def _exported(self, objects: Objects) -> set[int]:
-        """The addresses of what it exports to any module; their letters are capital (is_exported). Raises FaultError."""
+        """The addresses of what it exports to all: their letters are capital (is_exported). Raises FaultError."""
         layout, entry = objects.struct("module"), objects.struct("kernel_symbol")
         place, value = entry.get("value_offset"), entry.get("value")
         found: set[int] = set()
