@@ -120,7 +120,12 @@ def main(
 
 
 def _prepare_streams() -> None:
-    """A closed standard output takes nothing, as ever; a character that a stream cannot encode is escaped."""
+    """A closed standard output takes nothing, as ever; a character that a stream cannot encode is escaped.
+
+    In ascending order: each gets the lowest number that is free, which is its own.
+    """
+    if sys.stdin is None:  # reading it gives EBADF as before, but nothing else gets its number
+        os.open(os.devnull, os.O_WRONLY)
     if sys.stdout is None:  # what is not open for writing gives EBADF as soon as something is printed
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", closefd=False)  # noqa: SIM115 - open as long as the program
     if sys.stderr is None:

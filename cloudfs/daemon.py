@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -60,20 +61,25 @@ class Background:
 def begin() -> Background | Outcome:
     """Fork. The child gets its side at once, the parent when the child has started or ended.
 
-    When the parent is interrupted the child is told to end, and KeyboardInterrupt is raised. Raises TargetGoneError
-    where a signal has killed the child.
+    When the parent is interrupted the child is told to end, and KeyboardInterrupt is raised; once the child has
+    started the parent ignores SIGINT, so that its exit code is true. Raises TargetGoneError where a signal has killed
+    the child.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     reading, writing = os.pipe()
+    # Between the fork and `try` an interrupt would leave a child behind of which nobody knows.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
         os.close(reading)
         _detach(writing)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return Background(writing)
     os.close(writing)
     try:
         with open(reading, "rb") as report:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return _outcome(child, report.read())
     except KeyboardInterrupt:
         _stop(child)
@@ -96,6 +102,8 @@ def tell_service_manager(state: str) -> None:
 
 def _outcome(child: int, report: bytes) -> Outcome:
     if report.startswith(_STARTED):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return Outcome(0, report[len(_STARTED) :].decode("utf-8", "surrogateescape"))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -156,8 +156,8 @@ def _is_ignored(option: str, name: str) -> bool:
     return option in _IGNORED or name in _IGNORED_VALUES or option.lower().startswith("x-")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Mount as mount(8) asks, and give one of its exit codes; never raises."""
+def main(arguments: Sequence[str] | None = None, *, loaded: Callable[[], None] = lambda: None) -> int:
+    """Mount as mount(8) asks, and give one of its exit codes; never raises. `loaded`: see `cli.main`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) in (["--version"], ["-V"], ["--help"], ["-h"]):
         cli.main(["--version"]) if arguments[0].lower() in ("--version", "-v") else put(help_text())
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MountExit.DONE
     here = os.getpid()
     with contextlib.nullcontext() if request.verbose else contextlib.redirect_stdout(io.StringIO()):
-        code = cli.main(request.words, forgive=is_absent if request.nofail else None)
+        code = cli.main(request.words, forgive=is_absent if request.nofail else None, loaded=loaded)
     return exit_code(code) if os.getpid() == here else code  # the daemon's code goes through its parent
 
 

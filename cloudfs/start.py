@@ -9,13 +9,16 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found] # typeshed does not know it
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` takes milliseconds too
+    from collections.abc import Callable
+
 INTERRUPTED = 130
 """128 + SIGINT: what a shell says of a program that Ctrl-C has ended."""
 
 
-def _end(*_: object) -> None:
-    """End at once. Nothing is open yet, or nothing any more: there is nobody to unwind for."""
-    os._exit(INTERRUPTED)
+MOUNT_INTERRUPTED = 8
+"""What mount(8) says of it."""
 
 
 def main() -> int:
@@ -24,16 +27,36 @@ def main() -> int:
     While a command runs KeyboardInterrupt is raised, so that it can clean up. Where SIGINT is ignored, as in what a
     script starts in the background, it stays so.
     """
-    ignored = _signal.getsignal(_signal.SIGINT) is not _signal.default_int_handler
-    if not ignored:
-        _signal.signal(_signal.SIGINT, _end)
-    from cloudfs import cli
 
-    def loaded() -> None:
-        if not ignored:
-            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+    def run(loaded: Callable[[], None]) -> int:
+        from cloudfs import cli
 
-    code = cli.main(loaded=loaded)
-    if not ignored:
-        _signal.signal(_signal.SIGINT, _end)
+        return cli.main(loaded=loaded)
+
+    return _interruptible(run, INTERRUPTED)
+
+
+def mount_helper() -> int:
+    """Run this process as a helper of mount(8), likewise."""
+
+    def run(loaded: Callable[[], None]) -> int:
+        from cloudfs import mount_helper
+
+        return mount_helper.main(loaded=loaded)
+
+    return _interruptible(run, MOUNT_INTERRUPTED)
+
+
+def _interruptible(run: Callable[[Callable[[], None]], int], interrupted: int) -> int:
+    """What `run` gives. Ctrl-C ends the process at once before it calls what it is given, and after it."""
+
+    def end(*_: object) -> None:  # nothing is open yet, or nothing any more: there is nobody to unwind for
+        os._exit(interrupted)
+
+    if _signal.getsignal(_signal.SIGINT) is not _signal.default_int_handler:
+        return run(lambda: None)
+    _signal.signal(_signal.SIGINT, end)
+    code = run(lambda: _signal.signal(_signal.SIGINT, _signal.default_int_handler))
+    if _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN:  # as when a daemon has been started
+        _signal.signal(_signal.SIGINT, end)
     return code

@@ -102,7 +102,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.commands.umount": ("cloudfs.mountpoint", "cloudfs.commands.*"),
     "cloudfs.commands.*": ("cloudfs.render", "cloudfs.commands.*"),
     "cloudfs.cli": ("cloudfs.commands.*",),
-    "cloudfs.start": ("cloudfs.cli",),
+    "cloudfs.start": ("cloudfs.cli", "cloudfs.mount_helper"),
     "cloudfs.__main__": ("cloudfs.start",),
     "cloudfs.mount_helper": ("cloudfs.cli", "cloudfs.commands.*"),
 }  # fmt: skip

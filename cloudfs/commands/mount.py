@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudfs import daemon
 from cloudfs.commands._arguments import Exit, Parser, Shape, UsageError, Words, add_chain_options, assign
-from cloudfs.commands._streams import put
+from cloudfs.commands._streams import OutputError, ReaderGoneError, flush, put, say
 
 if TYPE_CHECKING:
     from cloudfs.commands._opening import Opened
@@ -105,7 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
     # Before anything is imported that starts threads or takes time.
     side = daemon.begin()
     if isinstance(side, daemon.Outcome):
-        put(side.said)
+        try:
+            put(side.said)
+            flush()
+        except ReaderGoneError:
+            raise
+        except OutputError as error:  # the exit code tells whether it is mounted
+            say("mount", f"it is mounted, but {error}", no_color=arguments.no_color)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         return side.code
     return _Session(arguments, words, settings).run(side)
 

@@ -98,3 +98,31 @@ def test_when_the_parent_is_interrupted_the_child_ends(number, tmp_path):
         process.kill()
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+
+FORK = """
+fork = os.fork
+def interrupted_fork():
+    child = fork()
+    if child:
+        open({pid_file!r}, "w").write(str(child))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    return child
+os.fork = interrupted_fork
+"""
+
+
+def test_an_interrupt_right_behind_the_fork_leaves_no_child(tmp_path):
+    pid_file = str(tmp_path / "pid")
+    program = HEAD + FORK.format(pid_file=pid_file) + MIDDLE + "side.started(); time.sleep(30)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=LIMIT, check=False)
+    assert done.returncode != 0
+    with open(pid_file) as file:
+        assert gone(int(file.read()))
+
+
+def test_an_interrupt_after_the_child_has_started_changes_nothing():
+    program = HEAD + MIDDLE.replace("print", "os.kill(os.getpid(), signal.SIGINT); print") + "side.started()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b" 0\n", b"")

@@ -166,6 +166,20 @@ def test_sigterm_ends_a_daemon_and_its_mount(point):
         assert not is_mounted(point)
 
 
+@pytest.mark.parametrize("closed", [">&-", ">/dev/full", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_daemon_stands_and_the_exit_code_says_so_whatever_cannot_be_printed(point, image, closed):
+    command = f'exec "$@" {closed}'
+    words = ["sh", "-c", command, "sh", *COMMAND, "mount", "--daemon", str(image), str(point)]
+    done = subprocess.run(words, stderr=subprocess.PIPE, timeout=LIMIT, check=False, env=environment())
+    try:
+        assert done.returncode == 0
+        if closed.startswith(">"):
+            assert b"it is mounted, but standard output cannot be written" in done.stderr
+        assert (point / "connector/raw/phys_mem").read_bytes() == image.read_bytes()
+    finally:
+        take_away(point)
+
+
 def test_a_daemon_writes_its_log(point, tmp_path):
     log = tmp_path / "log"
     with daemon(point, "-v", "--log-file", str(log)):

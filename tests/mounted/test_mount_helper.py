@@ -49,7 +49,7 @@ def point(tmp_path) -> Iterator[Path]:
 def helper(tmp_path_factory) -> Path:
     """The console script as an installation would make it."""
     path = tmp_path_factory.mktemp("helper") / "mount.fuse.cloudfs"
-    code = "import sys; from cloudfs.mount_helper import main; sys.exit(main())"
+    code = "import sys; from cloudfs.start import mount_helper; sys.exit(mount_helper())"
     # Not in the first line: the path of the interpreter may have spaces.
     path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{code}" "$@"\n')
     path.chmod(0o755)
