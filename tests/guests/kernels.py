@@ -2,7 +2,7 @@
 
 Nothing of the system changes: apt gets a root of its own, with the architectures of the guests and the mirror that
 this machine uses. A package's name carries a number that moves on with the suite; so the newest of a series is looked
-up when it is not in the cache yet, and stays until `scripts/guests.py update`.
+up when it is not in the cache yet, and stays until `scripts/guest.py update`.
 """
 
 from __future__ import annotations

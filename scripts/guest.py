@@ -1,10 +1,10 @@
 """Test guests by hand: records them ahead of the tests, or runs one for a person.
 
-    .venv/bin/python scripts/guests.py list               the guests, and which are recorded
-    .venv/bin/python scripts/guests.py record [NAME …]     record these, or those of CI, or with --all every one
-    .venv/bin/python scripts/guests.py run NAME            boot one and keep it until Ctrl-C: a shell on this terminal
+    .venv/bin/python scripts/guest.py list               the guests, and which are recorded
+    .venv/bin/python scripts/guest.py record [NAME …]     record these, or those of CI, or with --all every one
+    .venv/bin/python scripts/guest.py run NAME            boot one and keep it until Ctrl-C: a shell on this terminal
                                                            (`exit` goes on to where the recordings are made)
-    .venv/bin/python scripts/guests.py update              forget the kernels: the newest are fetched at next use
+    .venv/bin/python scripts/guest.py update              forget the kernels: the newest are fetched at next use
 
 All is kept below $CLOUDFS_GUESTS, or cloudfs/guests in the user's cache folder; that folder may be deleted at any time.
 Recordings are described at the top of tests/guests/recording.py.
