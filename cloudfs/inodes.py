@@ -123,6 +123,9 @@ class InodeTable:
         if record is not None:
             record.children += 1
             if entry.directory is not None:
+                before = record.directories.get(name)
+                if before is not None:  # the kernel invalidates it when it sees another inode by that name
+                    self._leave_below(before)
                 record.directories[name] = entry
                 self._recency[entry.inode] = entry
                 self._newest = None
@@ -236,13 +239,19 @@ class InodeTable:
         """Whether there are more entries than may stay while nobody asks for any."""
         return self.bound is not None and len(self._by_inode) > self.bound * AT_REST
 
+    @property
+    def round_is_due(self) -> bool:
+        """Whether `stale` has something to look at."""
+        return self.above_rest or bool(self._named)
+
     def stale(self, spared: Container[int | None] = (), *, each: bool = False) -> list[tuple[int, bytes]]:
         """(parent inode, name) of the directories that were not used since the last call; with `each`, of all.
 
-        But for the inodes `spared`, and those with files that the kernel caches while nobody has them open.
+        But for the inodes `spared`, and those with files that the kernel caches while nobody has them open; none while
+        there are few.
         """
         chosen = self._left_over(spared)
-        for inode, entry in list(self._recency.items()):
+        for inode, entry in list(self._recency.items()) if each or self.above_rest else ():
             record = entry.directory
             if record is None or entry.parent is None or (record.used >= self._round and not each):
                 break

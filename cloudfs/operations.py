@@ -283,7 +283,7 @@ class TreeOperations(pyfuse3.Operations):
         now = time.monotonic()
         if now >= self._next_round:
             self._next_round = now + ROUND
-            if self.inodes.above_rest:
+            if self.inodes.round_is_due:
                 self.forget_stale()
 
     def forget_stale(self, *, each: bool = False) -> None:

@@ -22,6 +22,8 @@ import trio
 from cloudfs.operations import TreeOperations
 from cloudfs.watchdog import Watchdog
 
+M_ARENA_MAX, ARENAS = -8, 2
+"""mallopt(3): heaps that glibc makes for threads, 8 for each CPU otherwise. Python's threads take turns anyway."""
 GROWN = 4 << 20
 """Bytes of resident memory, more than after the last rest, from which on a rest is worth its 10 to 50 ms of CPU."""
 SETTLING = 0.25
@@ -44,6 +46,7 @@ class Rest:
         self._resident = 0
         # Made before the first request: small things that are made amid many that go hold a whole MiB of them each.
         self._give_back = give_back()
+        share_heaps()
 
     def fell_idle(self) -> None:
         """Nothing was asked for some seconds; called in any thread."""
@@ -99,6 +102,13 @@ def resident() -> int:
         return int(os.read(descriptor, 256).split()[1]) * os.sysconf("SC_PAGE_SIZE")
     finally:
         os.close(descriptor)
+
+
+def share_heaps() -> None:
+    """Have the C library make few heaps: what is free in one is of no use to the others. glibc alone has this."""
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(M_ARENA_MAX, ARENAS)
 
 
 def give_back() -> Callable[[], object]:

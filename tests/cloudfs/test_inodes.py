@@ -182,7 +182,7 @@ def test_the_directories_below_a_surplus_one_are_not_named_with_it() -> None:
 
 
 def test_directories_that_were_not_used_since_the_last_call_are_stale() -> None:
-    table = table_of(bound=100)
+    table = table_of(bound=20)
     directories = add_directories(table, 4, 0)
     assert table.stale() == []
     table.touch(directories[2])
@@ -203,9 +203,29 @@ def test_what_was_seen_in_a_directory_after_its_name_went_is_named_itself_when_n
     assert table.vanished(table.root, set()) == [(1, b"0")]
     table.remember(directory, b"late", Text("late", ""))
     table.touch(directory)
+    assert table.round_is_due
     assert table.stale() == []
     assert set(table.stale()) == {(directory.inode, name) for name in (b"0", b"1", b"late")} | {(1, b"0")}
     table.check()
+
+
+def test_a_directory_whose_name_another_one_took_is_out_of_reach_by_it() -> None:
+    table = table_of(bound=1000)
+    old = add_directories(table, 1, 1)[0]
+    table.remember(table.root, b"0", Folder("another", {}))
+    table.stale()
+    assert (old.inode, b"0") in table.stale()
+    table.forget(old.inode, 1)
+    assert not table.round_is_due
+    table.check()
+
+
+def test_while_there_are_few_none_is_stale() -> None:
+    table = table_of(bound=1000)
+    add_directories(table, 3, 2)
+    assert not table.round_is_due
+    assert table.stale() == []
+    assert table.stale() == []
 
 
 def test_what_is_spared_or_holds_cached_files_is_not_stale() -> None:
