@@ -1,7 +1,7 @@
 """Rows that Linux adds to a paging mode: pages that are resident though no access is allowed.
 
 mprotect(PROT_NONE) and NUMA balancing clear the valid bit and keep the frame; /proc/PID/mem reads such pages, and so
-does a walk with these rows, which flags them INACCESSIBLE: `with_prot_none(mode("x86-64"), X86_PROT_NONE)`.
+does a walk with these rows, which flags them INACCESSIBLE: `linux_mode(mode("x86-64"), (6, 12))`.
 
 Not here: swap and migration entries, whose numbering depends on release and configuration, are for an OS layer's
 `absent` hook. On ARM with short descriptors the hardware's entry of such a page is zero: only Linux's own copy, half
@@ -27,6 +27,14 @@ ARM64_PRESENT_INVALID = 1 << 11
 ARM_LPAE_PROT_NONE = 1 << 57
 RISCV_PROT_NONE = 1 << 5
 _LARGE = 1 << 7
+
+
+def linux_mode(spec: MmuSpec, release: tuple[int, int]) -> MmuSpec:
+    """The mode with what a Linux of that release adds to it; as it is where that is nothing (short descriptors)."""
+    arm64 = ARM64_PRESENT_INVALID if release >= (6, 11) else ARM64_PROT_NONE
+    bits = {"x86": X86_PROT_NONE, "aarch64": arm64, "arm-lpae": ARM_LPAE_PROT_NONE, "riscv": RISCV_PROT_NONE}
+    found = next((bit for family, bit in bits.items() if spec.name.startswith(family)), None)
+    return spec if found is None else with_prot_none(spec, found)
 
 
 def with_prot_none(spec: MmuSpec, bit: int) -> MmuSpec:

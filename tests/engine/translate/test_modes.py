@@ -9,6 +9,7 @@ from every_mode import MODES
 
 from engine.errors import InvalidArgumentError
 from engine.translate import modes
+from engine.translate.linux_rows import linux_mode
 from engine.translate.modes import high_half, mode, names, roots_for, roots_of
 
 LINUX_TCR = 1 << 37 | 0x5 << 32 | 2 << 30 | 16 << 16 | 16
@@ -187,3 +188,22 @@ def test_satp_says_the_mode(number, name):
 
 def test_satp_of_a_32_bit_machine_has_one_bit_of_mode():
     assert found("riscv32", satp=1 << 31 | 0x8_1F00) == [("riscv-sv32", 0x81F0_0000)]
+
+
+# -- Linux ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "bit"),
+    [
+        ("x86-64", (5, 10), 8), ("x86", (6, 1), 8), ("aarch64-4k-48", (6, 10), 58), ("aarch64-4k-48", (6, 11), 11),
+        ("arm-lpae-0-2", (6, 1), 57), ("riscv-sv57", (6, 12), 5),
+    ],
+)  # fmt: skip
+def test_linux_marks_pages_without_access_by_architecture_and_release(name, release, bit):
+    kinds = linux_mode(mode(name), release).levels[-1].kinds
+    assert kinds[-1].mask == kinds[-1].value | 1 == 1 << bit | 1
+
+
+def test_linux_adds_nothing_to_short_descriptors():
+    assert linux_mode(mode("arm-short"), (6, 1)) is mode("arm-short")
