@@ -185,7 +185,8 @@ def sentence(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         what = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-        hint = "; run it as root, or as a user who may" if error.errno in (errno.EACCES, errno.EPERM) else ""
+        denied = error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0
+        hint = "; run it as root, or as a user who may" if denied else ""
         return f"{what}{error.strerror}{hint}"
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"this is a fault of cloudfs ({text}); please report it with the log of -vv --log-file FILE"

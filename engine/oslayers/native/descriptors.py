@@ -24,7 +24,7 @@ from engine.oslayers.native.mappings import (
     TextMappings,
 )
 from engine.oslayers.native.pagemap import Scanner
-from engine.oslayers.native.procfs import PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD, ProcDirectory
+from engine.oslayers.native.procfs import PF_EXITING, PF_FORKNOEXEC, PF_KTHREAD, ProcDirectory, advice
 from engine.types import ADDRESS_SPACE
 
 _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
@@ -161,8 +161,8 @@ def _open_all(directory: ProcDirectory, *, writable: bool) -> Descriptors:
             raise NoMemoryError from None
         if error.errno in (errno.EACCES, errno.EPERM):
             raise AccessDeniedError(
-                f"memory of process {pid} ({os.fsdecode(stat.name)}) cannot be opened: {error.strerror}; run "
-                f"as root, or as the process's own user with kernel.yama.ptrace_scope at 0"
+                f"memory of process {pid} ({os.fsdecode(stat.name)}) cannot be opened: {error.strerror}; "
+                + advice("the process's own user with kernel.yama.ptrace_scope at 0")
             ) from None
         raise
     with contextlib.suppress(OSError, AttributeError):

@@ -37,7 +37,7 @@ from engine.oslayers.native.pagemap import (
     TOP_BYTE,
     PageKind,
 )
-from engine.oslayers.native.procfs import ProcDirectory
+from engine.oslayers.native.procfs import PF_KTHREAD, ProcDirectory
 from engine.oslayers.native.transfer import CHUNK, VECTOR_BYTES
 from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
@@ -147,8 +147,11 @@ class NativeMemory(Memory):
         try:
             return self._try(action)
         except NoMemoryError:
-            state = self._directory.stat().state
-        raise FaultError(address, detail=f"process {self._directory.pid} has no memory now (state {state})")
+            stat = self._directory.stat()
+        why = "is a kernel thread, which has no memory of its own"
+        if not stat.flags & PF_KTHREAD:
+            why = f"has no memory now (state {stat.state})"
+        raise FaultError(address, detail=f"process {self._directory.pid} {why}")
 
     def _attempt_rows(
         self, at: Addresses, action: Callable[[Descriptors], columns.Found], out: Rows | None = None

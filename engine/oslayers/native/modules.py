@@ -264,7 +264,7 @@ class KernelModule(Module):
             try:
                 text = _read_start(directory / name, 64)
             except PermissionError:
-                raise AccessDeniedError(f"{directory / name} cannot be read; only root may") from None
+                raise AccessDeniedError(f"{directory / name} cannot be read{_as_root()}") from None
             except OSError:
                 continue
             with contextlib.suppress(ValueError):
@@ -293,6 +293,10 @@ def _kernel_architecture() -> str:
     return "arm" if re.fullmatch(r"armv\d.*l", machine) else machine
 
 
+def _as_root() -> str:
+    return "; run as root" if os.geteuid() else ", root though it is, as in a container"
+
+
 def kernel_modules(
     listing: str | Path = "/proc/modules", directory: str | Path = "/sys/module"
 ) -> Iterator[KernelModule]:
@@ -306,7 +310,7 @@ def kernel_modules(
     except FileNotFoundError:
         return
     except PermissionError:
-        raise AccessDeniedError(f"{listing} cannot be read by this user; run as root") from None
+        raise AccessDeniedError(f"{listing} cannot be read by this user{_as_root()}") from None
     for line in lines:
         fields = os.fsdecode(line).split()
         try:

@@ -24,6 +24,11 @@ PF_FORKNOEXEC = 0x00000040
 PF_KTHREAD = 0x00200000
 """A kernel thread (include/linux/sched.h)."""
 
+YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+"""Documentation/admin-guide/LSM/Yama.rst."""
+CAP_SYS_PTRACE = 19
+"""Bit of capability sets (include/uapi/linux/capability.h)."""
+
 AT_NULL, AT_PHENT = 0, 4
 """Keys of the auxiliary vector: its last one, the size of a program header (include/uapi/linux/auxvec.h)."""
 ELF_BITS = {56: 64, 32: 32}
@@ -125,6 +130,28 @@ def read_start(path: str) -> bytes:
         os.close(descriptor)
 
 
+def advice(whose: str = "whoever may") -> str:
+    """What helps against a refusal: another user; for root, who is one already, what it is that refuses.
+
+    `whose` names the other user who is not refused.
+    """
+    if os.geteuid() != 0:
+        return f"run as root, or as {whose}"
+    if _first_word(YAMA) == b"3":
+        return "kernel.yama.ptrace_scope is 3: nobody may look into processes, root neither, until the next boot"
+    capabilities = re.search(rb"^CapEff:\s*([0-9a-f]+)$", read_start("/proc/self/status"), re.MULTILINE)
+    if capabilities is not None and not int(capabilities[1], 16) >> CAP_SYS_PTRACE & 1:
+        return "root lacks CAP_SYS_PTRACE here, as in a container: give it that (docker run --cap-add SYS_PTRACE)"
+    return "it is protected from root too, by a security module (AppArmor, SELinux) or by a user namespace"
+
+
+def _first_word(path: str) -> bytes | None:
+    try:
+        return read_start(path).strip()
+    except OSError:
+        return None
+
+
 class ProcDirectory:
     """/proc/PID, or /proc/PID/task/TID, of one process that was met at a known start time."""
 
@@ -158,8 +185,10 @@ class ProcDirectory:
             if error.errno in _GONE:
                 raise ProcessExitedError(pid) from None
             if error.errno in _DENIED:
-                raise AccessDeniedError(f"process {pid} is hidden from this user ({path}/stat: "
-                                        f"{error.strerror}); run as root") from None
+                raise AccessDeniedError(
+                    f"process {pid} is hidden from this user ({path}/stat: {error.strerror}, as with the mount option "
+                    f"hidepid); {advice('its user')}"
+                ) from None
             raise
         return cls(path, pid, stat.start_ticks)
 
@@ -185,8 +214,8 @@ class ProcDirectory:
             return ProcessExitedError(self.pid)
         if error.errno in _DENIED:
             return AccessDeniedError(
-                f"{self.path}/{name} cannot be read: {error.strerror}; run as root, or as the user of "
-                f"process {self.pid} with kernel.yama.ptrace_scope at 0"
+                f"{self.path}/{name} cannot be read: {error.strerror}; "
+                + advice(f"the user of process {self.pid} with kernel.yama.ptrace_scope at 0")
             )
         return error
 
