@@ -55,6 +55,7 @@ from engine.mounts import Backing, backing_of_file
 from engine.types import Extent, Shortcut
 
 _U64: Callable[[bytes], tuple[int, ...]] = struct.Struct("<Q").unpack
+_U64_FROM: Callable[[memoryview, int], tuple[int, ...]] = struct.Struct("<Q").unpack_from
 _FILE_OFFSET_MAX = (1 << 63) - 1
 _LAST = (1 << 64) - 1
 RUN_GAP = 4096
@@ -146,8 +147,9 @@ class FileMemory(Memory):
             self._take_lease(number)
         self._size = os.lseek(number, 0, os.SEEK_END)  # behind the lease, which keeps it
         self._mapping: tuple[memoryview, Rows] | None = None
-        self._mappable = True
+        self._mappable = self.backing is not Backing.REMOTE  # a page that cannot be had would be SIGBUS
         self._handed: tuple[object, int, Pieces] | None = None
+        self._words: memoryview | None = None
 
     def _take_lease(self, number: int) -> None:
         found = take(number)
@@ -241,7 +243,17 @@ class FileMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
+        words = self._words
+        if words is None:
+            words = self._words = self._look_for_words()
+        if 0 <= address <= len(words) - 8:
+            return _U64_FROM(words, address)[0]
         return _U64(self.read(address, 8))[0]
+
+    def _look_for_words(self) -> memoryview:
+        """The mapping of an immutable file in memory: a word by it takes 0.1 µs, by pread(2) 0.5; else nothing."""
+        pieces = self.pieces() if self._declared and self.backing is Backing.MEMORY else None
+        return memoryview(b"") if pieces is None else pieces.parts[0][1]
 
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`; the file never grows."""
@@ -434,7 +446,7 @@ class FileMemory(Memory):
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""
         self._descriptor = None
-        self._mapping = self._handed = None
+        self._mapping = self._handed = self._words = None
         if self.lease is not None:
             self.lease.release()
 

@@ -549,6 +549,7 @@ class BytesMemory(Memory):
 
     def __init__(self, data: Data, *, writable: bool | None = None) -> None:
         self._view = memoryview(data).cast("B")
+        self._last_word = len(self._view) - 8
         self._array: Rows = np.frombuffer(self._view, np.uint8) if len(self._view) else np.empty(0, np.uint8)
         self.writable = not self._view.readonly if writable is None else writable
         self.page_size = 1
@@ -610,6 +611,6 @@ class BytesMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
-        if 0 <= address <= len(self._view) - 8:
+        if 0 <= address <= self._last_word:
             return _U64(self._view, address)[0]
         return super().u64(address)

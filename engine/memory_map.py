@@ -130,6 +130,8 @@ class MappedMemory(Memory):
         self.source = source
         self.memory_map = memory_map
         self._ranges = memory_map.coalesced()
+        largest = max(self._ranges, key=lambda entry: entry.length, default=MapRange(0, 0, 0))
+        self._largest = largest.base, largest.stop - 8, largest.real_base
         self._bases = [entry.base for entry in self._ranges]
         self._base_column = np.array(self._bases, np.uint64)
         self._last_column = np.array([entry.length - 1 for entry in self._ranges], np.uint64)
@@ -291,13 +293,16 @@ class MappedMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
-        real = self._scalar(address, 8)
-        if real is None:
-            return super().u64(address)
+        base, last, real = self._largest
+        if not base <= address <= last:
+            index = bisect.bisect_right(self._bases, address) - 1
+            if index < 0 or address + 8 > self._ranges[index].stop:
+                return super().u64(address)
+            base, real = self._ranges[index].base, self._ranges[index].real_base
         try:
-            return self.source.u64(real)
+            return self.source.u64(real + address - base)
         except FaultError as error:
-            raise error.moved(address - real) from None
+            raise error.moved(base - real) from None
 
 
 def _moved(faults: Faults, addresses: Addresses, real: Addresses) -> Faults:

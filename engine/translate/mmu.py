@@ -249,15 +249,31 @@ AbsentHook = Callable[[int, int, int], Translation | FaultKind]
 
 _Row = tuple[int, int, int, int, int]
 """mask, value, address mask, mask of the bits inside the page (0: a table), log2 of the page: of a plain row."""
+_Step = tuple[int, int, int, int, int, int, int, tuple[_Row, ...]]
+"""A level for the quick walk: where an entry stands in its table (address >> shift & mask), its first plain row, the
+others."""
+_NO_ROW: _Row = (0, 1, 0, 0, 0)
 
 
 def _plain(kind: EntryKind) -> _Row | None:
-    """The row for the quick walk; None where reading it takes more than two masks."""
-    if kind.fault is not None or kind.invert or len(kind.address) != 1 or kind.address[0][1]:
+    """The row for the quick walk; None where reading it takes more than two masks, or 0 would match it."""
+    if kind.fault is not None or kind.invert or len(kind.address) != 1 or kind.address[0][1] or not kind.value:
         return None
     bits = kind.page_bits or 0
     inside = (1 << bits) - 1
     return kind.mask, kind.value, kind.address[0][0] & ~inside, inside, bits
+
+
+def _step(level: Level, entry_size: int) -> _Step:
+    scale = entry_size.bit_length() - 1
+    if level.shift < scale:
+        return 0, 0, *_NO_ROW, ()
+    first, *others = [row for row in map(_plain, level.kinds) if row] or [_NO_ROW]
+    return level.shift - scale, ((1 << level.bits) - 1) << scale, *first, tuple(others)
+
+
+class _NotPlainError(Exception):
+    """The quick walk does not know; the other one does."""
 
 
 class Walker:
@@ -267,7 +283,7 @@ class Walker:
     Safe for concurrent readers.
     """
 
-    __slots__ = ("_last", "_levels", "_ranges", "_read", "_shift", "_size", "_tables", "absent", "dtb", "keep",
+    __slots__ = ("_last", "_ranges", "_read", "_shift", "_size", "_tables", "_upper", "absent", "dtb", "keep",
                  "physical", "spec")  # fmt: skip
 
     def __init__(
@@ -282,11 +298,8 @@ class Walker:
         self._read = {1: physical.u8, 2: physical.u16, 4: physical.u32, 8: physical.u64, 16: physical.u128}[self._size]
         first, last = spec.extents()[0], spec.extents()[-1]
         self._ranges = (0 if first.start else first.stop, last.start or last.stop, last.stop)
-        self._levels = tuple(
-            (level.shift, (1 << level.bits) - 1, tuple(row for row in (_plain(kind) for kind in level.kinds) if row))
-            for level in spec.levels
-        )
-        self._last = self._levels[-1]
+        *upper, self._last = (_step(level, spec.entry_size) for level in spec.levels)
+        self._upper = tuple(upper)
         self._shift = spec.levels[-1].shift + spec.levels[-1].bits
         self._tables: dict[int, int] = {}
 
@@ -295,43 +308,45 @@ class Walker:
         low, high, top = self._ranges
         if 0 <= address < low or high <= address < top:
             try:
-                known = self._tables.get(address >> self._shift)
-                found = self._quick(address) if known is None else self._quick_last(address, known)
-                if found is not None:
-                    return found
-            except FaultError:
+                table = self._tables.get(address >> self._shift)
+                if table is None:
+                    table, inside, bits = self._quick(address)
+                    if bits:
+                        return table | address & inside, bits
+                shift, index, mask, value, address_mask, inside, bits, others = self._last
+                entry = self._read(table + (address >> shift & index))
+                if entry & mask == value:
+                    return entry & address_mask | address & inside, bits
+                for mask, value, address_mask, inside, bits in others:
+                    if entry & mask == value:
+                        return entry & address_mask | address & inside, bits
+            except (FaultError, _NotPlainError):
                 pass
         translation = self.walk(address)
         return translation.physical, translation.page_bits
 
-    def _quick(self, address: int) -> tuple[int, int] | None:
-        """The walk over plain rows from the top; None where a row is not plain, or none matches."""
-        table, size, read = self.dtb, self._size, self._read
-        for level in self._levels:
-            shift, index_mask, rows = level
-            if level is self._last and self.keep:
-                if len(self._tables) >= LAST_TABLES:
-                    self._tables.clear()
-                self._tables[address >> self._shift] = table
-            entry = read(table + (address >> shift & index_mask) * size)
-            for mask, value, address_mask, inside, bits in rows:
-                if entry & mask == value and entry:
-                    if inside:
-                        return entry & address_mask | address & inside, bits
-                    table = entry & address_mask
-                    break
-            else:
-                return None
-        return None
+    def _quick(self, address: int) -> tuple[int, int, int]:
+        """The walk over plain rows down to the last table: (where it is, 0, 0); of a page above it, the page.
 
-    def _quick_last(self, address: int, table: int) -> tuple[int, int] | None:
-        """The last step of `_quick`."""
-        shift, index_mask, rows = self._last
-        entry = self._read(table + (address >> shift & index_mask) * self._size)
-        for mask, value, address_mask, inside, bits in rows:
-            if entry & mask == value and entry:
-                return entry & address_mask | address & inside, bits
-        return None
+        Raises _NotPlainError where a row is not plain, or none matches.
+        """
+        table, read = self.dtb, self._read
+        for shift, index, mask, value, address_mask, inside, bits, others in self._upper:
+            entry = read(table + (address >> shift & index))
+            if entry & mask != value:
+                for mask, value, address_mask, inside, bits in others:  # noqa: B007  (what was found is used behind the loop)
+                    if entry & mask == value:
+                        break
+                else:
+                    raise _NotPlainError
+            table = entry & address_mask
+            if inside:
+                return table, inside, bits
+        if self.keep:
+            if len(self._tables) >= LAST_TABLES:
+                self._tables.clear()
+            self._tables[address >> self._shift] = table
+        return table, 0, 0
 
     def walk(self, address: int) -> Translation:
         """Where `address` lies.
