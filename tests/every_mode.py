@@ -11,7 +11,9 @@ from engine.translate.mmu import EntryKind, Level, MmuSpec, Walker
 from engine.types import PageFlags, Rights
 
 EXAMPLES = int(os.environ.get("CLOUDFS_EXAMPLES", "12"))
-"""Random trees for each mode; 10000 for the long run."""
+"""Random trees for each mode and property."""
+LONG = int(os.environ.get("CLOUDFS_LONG_RUN", "0"))
+"""Random trees for each mode of the long run."""
 
 
 def _wide() -> MmuSpec:
@@ -74,3 +76,11 @@ def walked(walker: Walker, address: int) -> tuple[object, ...] | None:
     except FaultError:
         return None
     return found.physical, found.page_bits, found.rights, found.flags
+
+
+def found(walker: Walker, address: int) -> tuple[int, int] | None:
+    """What the short way says of it."""
+    try:
+        return walker.find(address)
+    except FaultError:
+        return None
