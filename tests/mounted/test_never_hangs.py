@@ -211,6 +211,30 @@ def test_readers_of_a_file_that_nobody_changes_do_not_wait_for_one_another(dead:
         abort(dead)
 
 
+GATHER = """
+import sys, threading, numpy
+from engine import FileMemory
+memory = FileMemory(sys.argv[1], immutable=True)
+addresses = numpy.arange(100, dtype=numpy.uint64) * 64 + int(sys.argv[2])
+thread = threading.Thread(target=lambda: memory.gather(addresses, numpy.empty((100, 8), numpy.uint8)), daemon=True)
+thread.start()
+thread.join(0.5)
+print("alive", thread.is_alive(), flush=True)
+thread.join()
+print("ended", flush=True)
+"""
+
+
+def test_a_column_of_words_that_do_not_come_holds_up_no_other_thread_and_ends_no_process(dead: Path) -> None:
+    words = [sys.executable, "-c", GATHER, str(dead / "cached"), str(8 * ANSWERED)]
+    with guarded(20, dead), subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "alive True\n"
+        abort(dead)
+        assert reader.stdout.readline() == "ended\n"
+    assert reader.returncode == 0
+
+
 # -- what does not run -------------------------------------------------------------------------------------
 
 
