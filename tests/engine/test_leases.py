@@ -39,6 +39,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     name.unlink(missing_ok=True)
 
 
+on_disk = pytest.mark.parametrize("path", ["disk"], indirect=True)
+"""For what has nothing to do with where the file lies."""
+
+
 def leases_on(path: str) -> int:
     """How many the kernel knows, by proc(5)."""
     status = os.stat(path)
@@ -297,17 +301,20 @@ def alone(path: str, code: str) -> str:
 _WRITER = "import subprocess\nsubprocess.run([sys.executable, '-c', 'import sys; open(sys.argv[1], \"r+b\")', path])\n"
 
 
+@on_disk
 @pytest.mark.parametrize("disposition", ["SIG_DFL", "SIG_IGN"])
 def test_the_signal_neither_ends_the_process_nor_is_lost_whatever_it_does_with_it(path: str, disposition: str) -> None:
     said = alone(path, f"signal.signal(signal.SIGIO, signal.{disposition})\n{_WRITER}print(lease.held)")
     assert said == "False\n"
 
 
+@on_disk
 def test_a_handler_of_the_program_never_hears_of_it(path: str) -> None:
     code = "heard = []\nsignal.signal(signal.SIGIO, lambda *_: heard.append(1))\n"
     assert alone(path, f"{code}{_WRITER}print(lease.held, heard)") == "False []\n"
 
 
+@on_disk
 def test_whatever_else_signals_the_process_is_handled_in_the_main_thread(path: str) -> None:
     code = """
 heard = []
@@ -320,11 +327,13 @@ print(heard, lease.held)
     assert alone(path, code) == "['MainThread'] True\n"
 
 
+@on_disk
 def test_a_program_ends_while_it_holds_one(path: str) -> None:
     assert alone(path, "print('ends')") == "ends\n"
     assert leases_on(path) == 0
 
 
+@on_disk
 def test_in_a_forked_child_it_counts_as_ended_and_the_parents_goes_on(path: str) -> None:
     code = f"""
 child = os.fork()
@@ -337,6 +346,7 @@ print(lease.held)
     assert alone(path, code) == "False\n"
 
 
+@on_disk
 def test_a_forked_child_that_outlives_its_parent_holds_nobody_up(path: str) -> None:
     code = """
 child = os.fork()
@@ -354,6 +364,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
+@on_disk
 def test_a_forked_child_can_take_one_of_its_own(path: str) -> None:
     code = f"""
 lease.release()
@@ -367,6 +378,7 @@ print(os.waitpid(child, 0)[1])
     assert alone(path, code) == "0\n"
 
 
+@on_disk
 def test_taking_many_starts_one_thread(path: str) -> None:
     leases = [leased(path) for _ in range(10)]
     assert sum(thread.name == "cloudfs-leases" for thread in threading.enumerate()) == 1
@@ -445,12 +457,14 @@ def test_cut_by_others_under_columns_it_gives_old_bytes_or_faults_and_no_signal(
 # -- the connector -------------------------------------------------------------------------------------------
 
 
+@on_disk
 def test_an_image_with_a_lease_holds_the_contract_of_connectors(path: str) -> None:
     connector = RawConnector.open(path, {}, parent=None, writable=False)
     assert connector.lease is not None
     check_connector(connector, Truth(known=[(0, DATA)]))
 
 
+@on_disk
 @pytest.mark.parametrize(
     ("options", "live", "why"),
     [
@@ -467,11 +481,13 @@ def test_info_says_whether_an_image_is_live_and_why(path: str, options: dict[str
     assert info.freshness.startswith(why)
 
 
+@on_disk
 def test_an_image_cannot_be_both_immutable_and_live(path: str) -> None:
     with pytest.raises(InvalidArgumentError, match="exclude each other"):
         RawConnector.open(path, {"immutable": "yes", "live": "yes"}, parent=None, writable=False)
 
 
+@on_disk
 def test_said_to_be_immutable_it_stays_so_whoever_writes(path: str) -> None:
     connector = RawConnector.open(path, {"immutable": "yes"}, parent=None, writable=False)
     outside(path, "overwrites")
@@ -479,6 +495,7 @@ def test_said_to_be_immutable_it_stays_so_whoever_writes(path: str) -> None:
     assert connector.lease is None
 
 
+@on_disk
 def test_an_instance_and_what_stands_on_it_turn_live_when_a_writer_comes(path: str) -> None:
     with Machine() as machine:
         instance = machine.open("connector", f"raw:{path}")
@@ -511,6 +528,7 @@ def test_an_os_on_an_image_is_not_live_and_sees_page_tables_that_a_writer_change
         assert (memory.read(0, 4), system.live) == (b"BBBB", True)
 
 
+@on_disk
 def test_an_instance_that_is_removed_holds_up_no_writer(path: str) -> None:
     with Machine() as machine:
         machine.open("connector", f"raw:{path}", name="image")
@@ -518,6 +536,7 @@ def test_an_instance_that_is_removed_holds_up_no_writer(path: str) -> None:
         assert leases_on(path) == 0
 
 
+@on_disk
 def test_opening_the_same_image_for_writing_turns_the_other_instance_live(path: str) -> None:
     with Machine() as reading, Machine(writable=True) as writing:
         one = reading.open("connector", f"raw:{path}")
