@@ -13,10 +13,14 @@ Recordings are described at the top of tests/guests/recording.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
+import termios
 import time
+import tty
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -56,11 +60,23 @@ def run(name: str) -> int:
         print(f"{name} runs as pid {running.process.pid}; its RAM is {running.ram}, QMP of it is at")
         print(f"{running.folder}/qmp (taken by us), its debugger stub at {running.folder}/gdb. Ctrl-C ends it.")
         running.finish("shell")
-        try:
+        with contextlib.suppress(KeyboardInterrupt), _without_echo():
             _join(running)
-        except KeyboardInterrupt:
-            return 0
     return 0
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """The guest echoes what is typed; Ctrl-C stays ours."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _join(running: RunningGuest) -> None:
@@ -71,15 +87,14 @@ def _join(running: RunningGuest) -> None:
         ready, _, _ = select.select([serial, sys.stdin], [], [], 1.0)
         if serial in ready:
             got = serial.recv(4096)
-            sys.stdout.buffer.write(got)
-            sys.stdout.flush()
+            os.write(sys.stdout.fileno(), got)
+            if b"@cloudfs ready" in got:
+                print("the keeper has the processor: this is where recordings are made")
         if sys.stdin in ready:
             typed = os.read(sys.stdin.fileno(), 4096)
             if not typed:
                 return
             serial.sendall(typed)
-            if typed.strip() == b"exit":
-                serial.sendall(b"go\n")
 
 
 def main() -> int:

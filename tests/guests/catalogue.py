@@ -13,11 +13,14 @@ class Machine:
     package: str
     """The Debian package that has it."""
     console: str
+    options: str = ""
+    """Words of the kernel's command line."""
 
 
+_BUSY = "no_timer_check"  # on a busy host the kernel takes a late tick for a broken timer, and panics
 MACHINES = {
-    "amd64": Machine("qemu-system-x86_64", "qemu-system-x86", "ttyS0"),
-    "i386": Machine("qemu-system-i386", "qemu-system-x86", "ttyS0"),
+    "amd64": Machine("qemu-system-x86_64", "qemu-system-x86", "ttyS0", _BUSY),
+    "i386": Machine("qemu-system-i386", "qemu-system-x86", "ttyS0", _BUSY),
     "arm64": Machine("qemu-system-aarch64", "qemu-system-arm", "ttyAMA0"),
     "armhf": Machine("qemu-system-arm", "qemu-system-arm", "ttyAMA0"),
     "riscv64": Machine("qemu-system-riscv64", "qemu-system-misc", "ttyS0"),

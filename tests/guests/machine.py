@@ -122,7 +122,8 @@ def ram_extents(mtree: str) -> list[tuple[int, int, int]]:
 def command_line(guest: Guest, folder: Path) -> list[str]:
     """How QEMU is called; `folder` holds kernel, initramfs and sockets."""
     machine = MACHINES[guest.architecture]
-    words = f"console={machine.console} rdinit=/init panic=-1 quiet transparent_hugepage=madvise {guest.options}"
+    words = f"console={machine.console} rdinit=/init panic=-1 quiet transparent_hugepage=madvise"
+    words = " ".join([words, machine.options, guest.options]).strip()
     return [
         machine.binary, "-accel", "tcg", "-cpu", guest.cpu, "-m", f"{guest.memory}M", "-S",
         "-machine", f"{guest.machine},memory-backend=ram",
@@ -130,7 +131,7 @@ def command_line(guest: Guest, folder: Path) -> list[str]:
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-serial", f"unix:{folder}/serial,server=on,wait=off", "-qmp", f"unix:{folder}/qmp,server=on,wait=off",
         "-gdb", f"unix:{folder}/gdb,server=on,wait=off",
-        "-kernel", f"{folder}/kernel", "-initrd", f"{folder}/initramfs", "-append", words.strip(),
+        "-kernel", f"{folder}/kernel", "-initrd", f"{folder}/initramfs", "-append", words,
     ]  # fmt: skip
 
 

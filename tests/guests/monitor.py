@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from guests.kernels import GuestError
 
-_LIMIT = 60.0
+_LIMIT = 180.0
 
 
 def _connected(path: Path, limit: float = 20.0) -> socket.socket:

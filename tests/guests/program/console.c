@@ -7,6 +7,8 @@
 #include <termios.h>
 #include <unistd.h>
 
+static struct termios for_people;
+
 void console_open(void)
 {
     struct termios settings;
@@ -18,9 +20,17 @@ void console_open(void)
     if (descriptor > 2)
         close(descriptor);
     if (tcgetattr(0, &settings) == 0) {
-        cfmakeraw(&settings);
-        tcsetattr(0, TCSANOW, &settings);
+        for_people = settings;
+        console_for_people(0);
     }
+}
+
+void console_for_people(int yes)
+{
+    struct termios settings = for_people;
+    if (!yes)
+        cfmakeraw(&settings);
+    tcsetattr(0, TCSADRAIN, &settings);
 }
 
 /* A line that starts so that kernel messages and our own are told apart. */

@@ -13,6 +13,7 @@
 
 /* console.c: lines to and from whoever runs the guest. */
 void console_open(void);
+void console_for_people(int yes);               /* echo, line editing, Ctrl-C; or bytes as they are */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int hear(char *line, size_t size);
 

@@ -108,10 +108,15 @@ static void shell(void)
 {
     pid_t child = fork();
     if (child == 0) {
+        setsid();
+        ioctl(0, TIOCSCTTY, 1);
+        setenv("PATH", "/bin", 1);
         execl("/bin/busybox", "sh", "-i", NULL);
         _exit(127);
     }
+    console_for_people(1);
     waitpid(child, NULL, 0);
+    console_for_people(0);
 }
 
 int main(int count, char **arguments)
@@ -144,7 +149,7 @@ int main(int count, char **arguments)
         die("keeper has not answered");
     wait_until_asleep();
     collect();
-    while (hear(line, sizeof line) > 0 && strcmp(line, "shell") == 0)
+    if (hear(line, sizeof line) > 0 && strcmp(line, "shell") == 0)
         shell();
     if (write(command[1], "g", 1) != 1)
         die("keeper is gone");
