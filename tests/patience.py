@@ -17,19 +17,26 @@ RESPONSIVE = 0.1
 """Seconds that a listing of the root may take: half of them, and 19 of 20. It takes 1 ms where nothing else runs."""
 SLOWEST = 2.0
 """Seconds for the slowest one, which other programs of a busy machine may have held up; a loop that hangs takes 10."""
+SWITCHES = 8
+"""Times that a CPU must be had for one listing, which asks the daemon four times: each may come late."""
+ENOUGH = 40
+"""Listings from which on 19 of 20 are more than all but the slowest."""
 
 PROBER = """
 import json, os, sys, threading, time
-took, stop = [], threading.Event()
+took, late, stop = [], [], threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 print("ready", flush=True)
+before = time.monotonic()
 while not stop.wait(0.005):
     began = time.monotonic()
     os.listdir(sys.argv[1])
     took.append(time.monotonic() - began)
-took.sort()
-count = len(took)
-print(json.dumps([count, *(took[min(count - 1, count * share // 100)] for share in (50, 95, 100))] if took else [0]))
+    late.append(began - before - 0.005)
+    before = time.monotonic()
+def share(found, percent):
+    return sorted(found)[min(len(found) - 1, len(found) * percent // 100)] if found else 0
+print(json.dumps([len(took), *(share(took, percent) for percent in (50, 95, 100)), share(late, 95)]))
 """
 
 
@@ -47,15 +54,17 @@ def responsive(mount: Mount) -> Iterator[None]:
     finally:
         prober.kill()
         prober.communicate(timeout=10)
-    count, *took = json.loads(said)
+    count, median, most, slowest, late = json.loads(said)
     assert count, "the root was not listed once"
-    median, most, slowest = took
-    figures = f"{count} listings of the root: median {median * 1e3:.1f} ms, 95 % below {most * 1e3:.1f} ms, " \
-        f"the slowest {slowest * 1e3:.0f} ms"
+    figures = (
+        f"{count} listings of the root: median {median * 1e3:.1f} ms, 95 % below {most * 1e3:.1f} ms, the slowest "
+        f"{slowest * 1e3:.0f} ms (95 % of the prober's own sleeps ended {late * 1e3:.1f} ms late at the most)"
+    )
     print(figures)
-    assert median < RESPONSIVE, figures
-    assert most < RESPONSIVE, figures
-    assert slowest < SLOWEST, figures
+    allowed = RESPONSIVE + SWITCHES * late
+    assert median < allowed, figures
+    assert most < allowed or count < ENOUGH, figures
+    assert slowest < SLOWEST + SWITCHES * late, figures
 
 
 CLIENT = """

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 from dead_filesystem import ANSWERED, abort, dead_filesystem, guarded
 from mounting import Mount, is_mounted, mounted
 from patience import client, outcome, read_at, responsive
+from support import require
 
 LIMIT = 80
 
@@ -81,6 +83,57 @@ def test_a_process_with_something_of_the_mount_is_read_through_it(image: Path, i
                 got = outcome(lambda at=at: read_at(directory / "mem", 4096, at))
                 assert got == want if want is not None else isinstance(got, bytes | int), got
         process.wait(10)
+
+
+LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+
+
+def program_in(mount: Mount, tmp_path: Path) -> tuple[str, Path]:
+    """The system's loader, and a program in the mount: the image is that of sleep(1)."""
+    loader = next((path for path in LOADERS if os.path.exists(path)), None)
+    require(loader is not None and shutil.which("sleep"), "there is no loader of glibc, or no sleep(1)")
+    image = tmp_path / "program"
+    shutil.copy(shutil.which("sleep"), image)
+    (mount.folder / "connector/new").write_text(f"raw raw:{image}:immutable=yes\n")
+    return loader, mount.folder / "connector/raw/phys_mem"
+
+
+def test_what_is_in_the_mount_cannot_be_run(tmp_path: Path) -> None:
+    with mounted("--timeout", "5", limit=LIMIT) as mount, guarded(LIMIT, mount.folder):
+        loader, program = program_in(mount, tmp_path)
+        with pytest.raises(PermissionError):
+            subprocess.run([program, "0"], timeout=10, check=False)
+        done = subprocess.run([loader, program, "0"], capture_output=True, text=True, timeout=10, check=False)
+        assert "failed to map segment" in done.stderr
+
+
+def test_a_process_that_runs_a_program_of_the_mount_is_read_through_it(tmp_path: Path) -> None:
+    require(os.geteuid() == 0, "only root may allow that programs of a mount are run")
+    with mounted("--timeout", "5", limit=LIMIT) as mount, guarded(LIMIT, mount.folder):
+        loader, program = program_in(mount, tmp_path)
+        subprocess.run(["mount", "-o", "remount,bind,exec", mount.folder], timeout=10, check=True)
+        with subprocess.Popen([loader, program, "70"]) as process:
+            try:
+                until = time.monotonic() + 10
+                while str(program) not in Path(f"/proc/{process.pid}/maps").read_text():
+                    assert time.monotonic() < until
+                    assert process.poll() is None
+                    time.sleep(0.01)
+                directory = processes(mount) / str(process.pid)
+                maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+                start = next(line for line in maps if str(program) in line).split("-")[0]
+                with responsive(mount):
+                    found = look_at_all(directory, int(start, 16))
+                    assert found["mem"] == program.read_bytes()[:14]
+                    assert found["maps"] is found["modules"] is found["regions"] is found["info"] is True, found
+                    modules = outcome(lambda: os.listdir(directory / "modules"))
+                    assert isinstance(modules, list)
+                    assert "phys_mem" in modules
+                    image = outcome((directory / "modules/phys_mem/image").read_bytes)
+                    assert isinstance(image, bytes)
+                    assert image[:4] == b"\x7fELF"
+            finally:
+                process.kill()
 
 
 # -- a file system that does not answer --------------------------------------------------------------------
