@@ -175,7 +175,8 @@ class Image:
             self._put("base", struct.pack(order + word, base))
 
 
+@functools.cache
 def image(layout: str, count: int = 800, **changes: object) -> Image:
-    """The image of one of the layouts."""
+    """The image of one of the layouts; shared, so not to be written to."""
     shape = replace(LAYOUTS[layout], **changes)  # type: ignore[arg-type]
     return Image(symbols_of(shape, count), shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from engine.formats.kallsyms.finding import Tables
 from engine.memory import Memory
 
 Addresses = npt.NDArray[np.uint64]
+DAMAGE_SHARE = 0.03
+"""Of the addresses so many may lie below the one before: half of those on a page of junk do, or one on one of zeros."""
+PAGE = 4096
 _NEAR = 1 << 28
 """The lowest symbol lies at the relative base, or not far from it."""
 _PER_CPU_AREA = 1 << 20
@@ -43,20 +47,27 @@ class Candidate:
     word_size: int
     base: int
     addresses: Addresses
+    damaged: bool
+    """Whether some do not ascend with the others, or lie on wiped pages; `sound` tells which."""
+    lost: npt.NDArray[np.bool_]
 
     @property
-    def rank(self) -> tuple[bool, bool]:
-        """False where it looks as kernels do: the lowest symbol begins a page, in the upper half of the addresses."""
+    def rank(self) -> tuple[bool, bool, bool]:
+        """False where it looks as kernels do: sound, the lowest symbol begins a page, in the upper half."""
         lowest = self.base
         if self.mode in (AddressMode.ABSOLUTE, AddressMode.PLACE):
             row = int(np.searchsorted(self.addresses, np.uint64(_PER_CPU_AREA)))
             lowest = int(self.addresses[min(row, len(self.addresses) - 1)])
         upper = lowest >> (8 * self.word_size - 1) == 1
-        return (lowest % 4096 != 0, not upper)
+        return (self.damaged, lowest % 4096 != 0, not upper)
+
+    def sound(self) -> npt.NDArray[np.bool_]:
+        """Which of the addresses can be: of those on no wiped page the most that ascend together."""
+        return _ascending(self.addresses, self.lost)
 
 
 def candidates(memory: Memory, tables: Tables, virtual_base: int, word_size: int | None) -> Iterator[Candidate]:
-    """The ways to read the addresses that give ascending ones, the likelier places first.
+    """The ways to read the addresses that give ascending ones, but for damage, the likelier places first.
 
     `virtual_base` is the virtual address of the memory's address 0. Without `word_size` both are tried, unless that
     address tells.
@@ -94,7 +105,7 @@ def _read(
     if address < 0 or (relative and base_address is None):
         return None
     try:
-        raw = memory.read(address, entry * tables.count)
+        raw = memory.read_padded(address, entry * tables.count)
         base = _word(memory, base_address, tables.order, word) if relative and base_address is not None else 0
     except FaultError:
         return None
@@ -106,22 +117,61 @@ def _read(
     addresses = _addresses(values, mode, base, address + virtual)
     if word == 4:
         addresses &= np.uint64(0xFFFFFFFF)
-    if (addresses[1:] < addresses[:-1]).any():
+    descents = int(np.count_nonzero(addresses[1:] < addresses[:-1]))
+    if descents > DAMAGE_SHARE * tables.count:
         return None
-    return Candidate(mode, address, word, base, addresses)
+    lost = _lost_pages(raw, address, entry)
+    return Candidate(mode, address, word, base, addresses, bool(descents or lost.any()), lost)
+
+
+def _lost_pages(raw: bytes, address: int, entry: int) -> npt.NDArray[np.bool_]:
+    """Which entries lie on a page of nothing but zeros: it could not be read, or was wiped."""
+    lost = np.zeros(len(raw) // entry, np.bool_)
+    at = 0
+    while at < len(raw):
+        stop = min(len(raw), at + PAGE - (address + at) % PAGE)
+        if stop - at >= PAGE // 8 and not any(raw[at:stop]):
+            lost[at // entry : -(-stop // entry)] = True
+        at = stop
+    return lost
+
+
+def _ascending(addresses: Addresses, lost: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The most of the addresses, the lost ones left out, that ascend together."""
+    tails: list[int] = []  # the least last address of an ascending choice of that length
+    rows: list[int] = []
+    before = [0] * len(addresses)
+    for row, (address, gone) in enumerate(zip(addresses.tolist(), lost.tolist(), strict=True)):
+        if gone:
+            continue
+        length = bisect.bisect_right(tails, address)
+        before[row] = rows[length - 1] if length else -1
+        if length == len(tails):
+            tails.append(address)
+            rows.append(row)
+        else:
+            tails[length] = address
+            rows[length] = row
+    found = np.zeros(len(addresses), np.bool_)
+    row = rows[-1] if rows else -1
+    while row >= 0:
+        found[row] = True
+        row = before[row]
+    return found
 
 
 def _could_be(values: npt.NDArray[Any], mode: AddressMode) -> bool:
-    """Whether raw values can mean addresses: most differ from their neighbours, and they begin as they should."""
-    if 2 * np.count_nonzero(values[1:] != values[:-1]) < len(values):
+    """Whether raw values can mean addresses: most differ from their neighbours, and are of the size they should be."""
+    half = len(values) // 2
+    if np.count_nonzero(values[1:] != values[:-1]) < half:
         return False
     if mode is AddressMode.RELATIVE:
-        return int(values[0]) < _NEAR
+        return int(np.count_nonzero(values < _NEAR)) > half
     if mode is AddressMode.ABSOLUTE:
-        return int(values[len(values) // 2]) >= _NEAR
+        return int(np.count_nonzero(values >= _NEAR)) > half
     if mode is AddressMode.PER_CPU:
         return bool((values < 0).any())
-    return int(values[0]) < 0  # the tables lie behind the text
+    return bool((values[: max(1, half // 4)] < 0).any())  # the tables lie behind the text
 
 
 def _addresses(values: npt.NDArray[Any], mode: AddressMode, base: int, virtual: int) -> Addresses:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import BadDataError, FaultError
-from engine.formats.kallsyms.names import STEP, Starts, symbol_starts
+from engine.errors import BadDataError
+from engine.formats.kallsyms.names import STEP, Starts, symbol_starts, walk
 from engine.formats.search import find_all
 from engine.memory import Memory
 
@@ -37,6 +37,10 @@ _TABLE_LIMIT = 1 << 14
 _MARKER_ROOM = (1 << 20, 8 << 20)
 """How far below the token table markers are looked for: at first, then."""
 _HIT_LIMIT = 256
+_GUESS_LIMIT = 1024
+"""Places tried for the number of symbols below one token table; the first is right but by chance."""
+_SAMPLE = 16
+"""Markers that are tried before all are."""
 
 Array = npt.NDArray[Any]
 
@@ -113,13 +117,16 @@ def _tables_below(memory: Memory, order: str, table: int, index: int, low: int) 
     """The tables that stand below a token table, their markers from `low` on; None where there are none."""
     low += -low % 8
     data = memory.read_padded(low, (table - low) // 8 * 8 + 4)
+    tried = 0
     for marker_size in (4, 8):
-        for at, markers in _marker_runs(data, order, marker_size):
-            found = _count_and_names(memory, order, low + at, markers)
-            if found is not None:
-                count_address, names, starts = found
-                count = len(starts.rows)
-                return Tables(order, count, count_address, names, low + at, marker_size, table, index, starts)
+        for at, run in _marker_runs(data, order, marker_size):
+            for count_address, names, count, markers in _guesses(memory, order, low + at, run):
+                tried += 1
+                if tried > _GUESS_LIMIT:
+                    return None
+                starts = _fit(memory, names, low + at, count, markers)
+                if starts is not None:
+                    return Tables(order, count, count_address, names, low + at, marker_size, table, index, starts)
     return None
 
 
@@ -137,42 +144,47 @@ def _marker_runs(data: bytes, order: str, size: int) -> Iterator[tuple[int, Arra
             yield head * size, words[head : head + length]
 
 
-def _count_and_names(memory: Memory, order: str, markers_at: int, run: Array) -> tuple[int, int, Starts] | None:
-    """Where the number of symbols stands, where their names begin, and where each of them does."""
+def _guesses(memory: Memory, order: str, markers_at: int, run: Array) -> Iterator[tuple[int, int, int, Array]]:
+    """Where the number of symbols may stand, where their names may begin, that number, and the markers it means."""
     for markers in (run, run[:-1], run[:-2]):  # by chance what follows may look like one more
         length = len(markers)
-        if length < 2:
-            return None
         stop = markers_at - int(markers[-1])
         low = max(0, (stop - LONGEST_STEP - 16) // 4 * 4)
-        if stop <= low:
+        if length < 2 or stop <= low:
             continue
         words = np.frombuffer(memory.read_padded(low, (stop - low) // 4 * 4), order + "u4")
-        fits = (words > STEP * (length - 1)) & (words <= min(STEP * length, SYMBOL_LIMIT))
-        for at in (low + 4 * np.flatnonzero(fits)).tolist():
+        fits = np.flatnonzero((words > STEP * (length - 1)) & (words <= min(STEP * length, SYMBOL_LIMIT)))
+        for row in fits.tolist():
             for gap in (4, 8):
-                starts = _fit(memory, at + gap, markers_at, int(words[(at - low) // 4]), markers)
-                if starts is not None:
-                    return at, at + gap, starts
-    return None
+                yield low + 4 * row, low + 4 * row + gap, int(words[row]), markers
 
 
 def _fit(memory: Memory, names: int, stop: int, count: int, markers: Array) -> Starts | None:
-    """Where each symbol begins, if the names from an address on lead to every marker and end before the first."""
+    """Where each symbol begins, if the names from an address on lead to the markers and end before the first."""
     size = stop - names
     if size <= int(markers[-1]) or size > int(markers[-1]) + LONGEST_STEP:
         return None
-    head = memory.read_padded(names, min(int(markers[1]) + 2, size))
-    at = 0
-    for _ in range(STEP):
-        if at + 1 >= len(head):
-            return None
-        length = head[at]
-        at += 2 + ((length & 0x7F) | head[at + 1] << 7) if length & 0x80 else 1 + length
-    if at != int(markers[1]):
+    if not any(_leads(memory, names, markers, lane) for lane in {0, (len(markers) - 1) // 2, len(markers) - 2}):
+        return None
+    data = np.frombuffer(memory.read_padded(names, size), np.uint8)
+    some = np.arange(0, len(markers) - 1, max(1, len(markers) // _SAMPLE))
+    ends = walk(data, markers[some].astype(np.int64), STEP)[1]
+    if 2 * np.count_nonzero(ends == markers[some + 1]) < len(some):
         return None
     try:
-        starts = symbol_starts(np.frombuffer(memory.read(names, size), np.uint8), markers, count)
-    except (BadDataError, FaultError):
+        return symbol_starts(data, markers, count)
+    except BadDataError:
         return None
-    return starts if size - starts.stop < 16 else None
+
+
+def _leads(memory: Memory, names: int, markers: Array, lane: int) -> bool:
+    """Whether 256 symbols lead from one marker to the next: cheap, for what is most often wrong."""
+    at, stop = int(markers[lane]), int(markers[lane + 1])
+    data = memory.read_padded(names + at, min(stop - at + 2, memory.size - names - at))
+    place = 0
+    for _ in range(STEP):
+        if place + 1 >= len(data):
+            return False
+        length = data[place]
+        place += 2 + ((length & 0x7F) | data[place + 1] << 7) if length & 0x80 else 1 + length
+    return place == stop - at

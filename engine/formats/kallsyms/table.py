@@ -35,12 +35,21 @@ class Kallsyms:
     Names stay bytes, addresses a column; nothing is made for a symbol before it is asked for.
     """
 
-    def __init__(self, tables: Tables, block: bytes, begins: npt.NDArray[np.int32], read: Candidate) -> None:
+    def __init__(
+        self, tables: Tables, block: bytes, begins: npt.NDArray[np.int32], read: Candidate, *, cleaned: bool = True
+    ) -> None:
+        """Symbols that begin at `begins` in the block, with addresses read in a way, the damaged ones left out."""
         self.tables = tables
         self.mode: AddressMode = read.mode
         self.word_size = read.word_size
-        self.addresses: npt.NDArray[np.uint64] = read.addresses
+        addresses = read.addresses[tables.starts.numbers]
+        if cleaned and read.damaged:
+            sound = read.sound()[tables.starts.numbers]
+            addresses, begins = addresses[sound], begins[sound]
+        self.addresses: npt.NDArray[np.uint64] = addresses
         """The address of every symbol, ascending."""
+        self.skipped = tables.count - len(addresses)
+        """Symbols that are left out, since their name or their address is damaged."""
         self._block = block
         self._begins = begins
         self._names = NameColumn(block, begins + np.int32(1))
@@ -122,7 +131,7 @@ def load_kallsyms(
 
 
 def _names(memory: Memory, tables: Tables) -> tuple[bytes, npt.NDArray[np.int32]]:
-    data = np.frombuffer(memory.read(tables.names, tables.markers - tables.names), np.uint8)
+    data = np.frombuffer(memory.read_padded(tables.names, tables.markers - tables.names), np.uint8)
     return expand(data, tables.starts, tokens_of(memory, tables))
 
 
@@ -137,19 +146,18 @@ def _choose(
     reasons: list[str],
 ) -> Kallsyms | None:
     """The table with its addresses read in the way that agrees with the references, or looks best."""
-    best: tuple[tuple[bool, bool], Kallsyms] | None = None
+    best: Candidate | None = None
     share = 0.0
-    where = f"tables at {tables.token_table:#x}"
     for way in candidates(memory, tables, virtual_base, word_size):
-        kallsyms = Kallsyms(tables, block, begins, way)
-        known, equal = kallsyms.agreement(references)
+        known, equal = Kallsyms(tables, block, begins, way, cleaned=False).agreement(references)
         if known:
             share = max(share, equal / known)
             if equal >= REQUIRED_SHARE * known:
-                return kallsyms
-        elif best is None or way.rank < best[0]:
-            best = way.rank, kallsyms
+                return Kallsyms(tables, block, begins, way)
+        elif best is None or way.rank < best.rank:
+            best = way
     if best is None:
         why = f"at best {share:.0%} of the known addresses come out" if share else "no addresses that fit"
-        reasons.append(f"{where}: {tables.count} symbols, {why}")
-    return best[1] if best is not None else None
+        reasons.append(f"tables at {tables.token_table:#x}: {tables.count} symbols, {why}")
+        return None
+    return Kallsyms(tables, block, begins, best)

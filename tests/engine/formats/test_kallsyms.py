@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
 import numpy as np
 import pytest
@@ -175,11 +176,51 @@ TABLES = ["num_syms", "names", "markers", "token_table", "token_index", "address
 def test_a_table_of_zeros_is_refused(layout, table):
     made = image(layout)
     data = bytearray(made.data)
-    size = 4 * len(made.symbols) if table == "addresses" else 512
+    size = {"addresses": 4 * len(made.symbols), "names": made.at["markers"] - made.at["names"]}.get(table, 512)
     data[made.at[table] : made.at[table] + size] = bytes(size)
     references = {name: address for address, _, name in made.symbols[300::50]}
     with pytest.raises(NotFoundError):
         load_kallsyms(BytesMemory(bytes(data)), made.shape.base, references=references)
+
+
+def damaged(made: Image, table: str, offset: int, content: bytes) -> tuple[Kallsyms, list[tuple[int, str, str]]]:
+    data = bytearray(made.data)
+    at = made.at[table] + offset
+    data[at : at + len(content)] = content
+    symbols = load_kallsyms(BytesMemory(bytes(data)), made.shape.base)
+    return symbols, [(each.address, each.kind, each.name) for each in symbols]
+
+
+JUNK = random.Random(9).randbytes(600)
+
+
+@pytest.mark.parametrize("content", [bytes(600), JUNK, b"\xff" * 600], ids=["zeros", "junk", "ones"])
+@pytest.mark.parametrize("offset", [0, 3000, 12_000, 20_000])
+def test_damaged_names_cost_the_symbols_between_two_markers_and_no_other(content, offset):
+    made = image("x86-64 6.18", 3000)
+    assert made.at["markers"] - made.at["names"] > 20_600
+    symbols, found = damaged(made, "names", offset, content)
+    assert symbols.skipped in (256, 512)
+    assert len(found) == 3000 - symbols.skipped
+    assert set(found) < set(made.symbols)
+    assert found == [each for each in made.symbols if each in set(found)]
+
+
+@pytest.mark.parametrize("layout", ["x86-64 5.10", "x86-64 6.18", "x86-64 7.3", "i386 6.1", "s390x 6.1"])
+def test_a_wiped_page_of_addresses_costs_its_symbols_and_no_other(layout):
+    made = image(layout, 3000)
+    start = 4096 - made.at["addresses"] % 4096
+    symbols, found = damaged(made, "addresses", start, bytes(4096))
+    assert symbols.skipped == 1024
+    assert set(found) <= set(made.symbols)
+
+
+def test_junk_among_addresses_costs_its_symbols_and_few_others():
+    made = image("x86-64 6.18", 3000)
+    symbols, found = damaged(made, "addresses", 4000, JUNK[:160])
+    assert 30 <= symbols.skipped <= 50
+    assert len(set(found) - set(made.symbols)) <= 10  # what by chance ascends among its neighbours
+    assert (np.diff(symbols.addresses.astype(np.int64)) >= 0).all()
 
 
 def test_a_memory_without_tables_says_so():

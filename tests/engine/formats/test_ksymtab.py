@@ -17,7 +17,8 @@ from engine.memory import BytesMemory, Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 
 SIZE = 1 << 18
-NAMES = sorted(["init_task", "iomem_resource", "jiffies", "kfree", *(f"exported_{n * 7919 % 99_991}" for n in range(900))])
+SEEDS = ("init_task", "iomem_resource", "jiffies", "kfree")
+NAMES = sorted([*SEEDS, *(f"exported_{number * 7919 % 99_991}" for number in range(900))])
 
 
 @dataclass(frozen=True)
