@@ -51,7 +51,7 @@ from engine.memory import (
     gather_from,
 )
 from engine.middleware import truth
-from engine.mounts import Backing, backing_of_file
+from engine.mounts import Backing, backing_of_file, filesystem_of
 from engine.types import Extent, Shortcut
 
 _U64: Callable[[bytes], tuple[int, ...]] = struct.Struct("<Q").unpack
@@ -147,6 +147,7 @@ class FileMemory(Memory):
             self._take_lease(number)
         self._size = os.lseek(number, 0, os.SEEK_END)  # behind the lease, which keeps it
         self._mapping: tuple[memoryview, Rows] | None = None
+        self._copied_up = False
         self._mappable = self.backing is not Backing.REMOTE  # a page that cannot be had would be SIGBUS
         self._handed: tuple[object, int, Pieces] | None = None
         self._words: memoryview | None = None
@@ -298,6 +299,10 @@ class FileMemory(Memory):
         if stop > status.st_size or holes or not self._mappable:
             return None
         mapping = self._mapping
+        if mapping is None:
+            self._copied_up = filesystem_of(descriptor.number) == "overlay"
+        if self._copied_up and not self.immutable:
+            return None  # a mapping goes on to show what lay below when the first writer came
         if mapping is None or len(mapping[0]) < stop:
             try:
                 made = memoryview(mmap.mmap(descriptor.number, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ))

@@ -546,11 +546,11 @@ def test_opening_the_same_image_for_writing_turns_the_other_instance_live(path: 
         assert one.memory.read(0, 4) == b"OURS"
 
 
-def test_on_an_overlay_it_ends_before_the_file_is_copied_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lower", ["lower", "top/lower"])
+def test_on_an_overlay_it_ends_before_the_file_is_copied_up(tmp_path: Path, lower: str) -> None:
     require(os.geteuid() == 0, "only root mounts an overlay")
-    for name in ("lower", "top", "merged"):
+    for name in ("top", "merged"):
         (tmp_path / name).mkdir()
-    (tmp_path / "lower/image").write_bytes(DATA)
     libc = ctypes.CDLL(None, use_errno=True)
 
     def mounted(kind: str, where: Path, options: str) -> bool:
@@ -558,9 +558,10 @@ def test_on_an_overlay_it_ends_before_the_file_is_copied_up(tmp_path: Path) -> N
 
     require(mounted("tmpfs", tmp_path / "top", ""), "no tmpfs can be mounted")
     try:
-        for name in ("upper", "work"):
-            (tmp_path / "top" / name).mkdir()
-        options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/top/upper,workdir={tmp_path}/top/work"
+        for name in (lower, "top/upper", "top/work"):
+            (tmp_path / name).mkdir()
+        (tmp_path / lower / "image").write_bytes(DATA)
+        options = f"lowerdir={tmp_path}/{lower},upperdir={tmp_path}/top/upper,workdir={tmp_path}/top/work"
         require(mounted("overlay", tmp_path / "merged", options), "no overlay can be mounted")
         try:
             memory = FileMemory(str(tmp_path / "merged/image"), leased=True)
