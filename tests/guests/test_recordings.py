@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 
-import pytest
 from guests.recording import Recording
 from guests.truth import SECRET_SIZE, secret_text
 
@@ -181,7 +180,8 @@ def test_a_page_that_was_never_touched_has_no_frame(recording: Recording) -> Non
 def test_a_huge_page_is_whole(recording: Recording) -> None:
     truth = recording.truth
     if "hugetlb" not in truth.secrets:
-        pytest.skip("this kernel has no huge pages")
+        assert recording.guest.paging == "ARM, short descriptors"  # Linux has no huge pages there
+        return
     va = truth.secrets["hugetlb"]
     start, stop = next((start, stop) for start, stop, _, _ in truth.maps(truth.keeper) if start <= va < stop)
     run = [(first, count) for at, count, first, _ in truth.pagemap(truth.keeper) if at == start]
@@ -190,12 +190,13 @@ def test_a_huge_page_is_whole(recording: Recording) -> None:
 
 
 def test_user_mode_sees_nothing_of_the_kernel(recording: Recording) -> None:
-    if not recording.translations_as_user:
-        pytest.skip("QEMU's answer looks at no rights here")
     answers = dict(recording.translations_as_user)
     symbols = [va for va in recording.truth.symbol_addresses() if va in answers]
-    assert len(symbols) >= 100
-    assert {answers[va] for va in symbols} == {None}
+    if recording.guest.architecture in ("amd64", "i386"):
+        assert not answers  # QEMU's answer looks at no rights there
+    else:
+        assert len(symbols) >= 100
+    assert {answers[va] for va in symbols} <= {None}
 
 
 def test_what_user_mode_sees_the_kernel_sees_alike(recording: Recording) -> None:
