@@ -29,6 +29,7 @@ from engine.errors import (
     ReadOnlyFaultError,
     SourceFaultError,
 )
+from engine.padding import fill_holes
 from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 Data = bytes | bytearray | memoryview
@@ -302,24 +303,12 @@ class Memory(ABC):
         return len(buffer)
 
     def readinto_padded(self, address: int, buffer: memoryview) -> int:
-        """Fill `buffer`, zeros where nothing can be read; gives how many faults were met.
-
-        Holes are crossed by `extents`, so a wide one costs no more than a narrow one.
-        """
-        size, done, faults = len(buffer), 0, 0
-        while done < size:
-            try:
-                self.readinto(address + done, buffer[done:])
-            except FaultError as error:
-                faults += 1
-                bad = max(error.address - address, done)
-                page = (address + bad) // self.page_size * self.page_size + self.page_size
-                resume = next((e.start for e in self.extents(page, address + size)), address + size)
-                done = min(size, max(resume, page) - address)
-                buffer[bad:done] = bytes(done - bad)
-            else:
-                break
-        return faults
+        """Fill `buffer`, zeros where nothing can be read; gives how many holes were met, see `fill_holes`."""
+        try:
+            self.readinto(address, buffer)
+        except FaultError as error:
+            return fill_holes(self, address, buffer, error, self.readinto) or 0
+        return 0
 
     def read_padded(self, address: int, size: int) -> bytes:
         """`size` bytes from `address` on, zeros where nothing can be read."""

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tree import SCRATCH, at, directory, names, open_at, read, read_all
 
-from cloudfs.nodes.files.memory import Opened, OpenExact, Opening, OpenWhole, fill_holes
+from cloudfs.nodes.files.memory import Opened, OpenExact, Opening, OpenWhole
 from cloudfs.nodes.root import build_root
 from engine.chain import Spec
 from engine.errors import ConnectorClosedError, FaultError, ProcessExitedError, ReadOnlyError
 from engine.machine import Instance, Machine
 from engine.memory import BytesMemory
+from engine.padding import fill_holes
 from engine.testing.fakes import SlowMemory
 from engine.types import Extent, Region, Rights
 
