@@ -23,6 +23,9 @@
 #include <unistd.h>
 
 #define PUBLIC __attribute__((visibility("default")))
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424 /* Linux 5.1; the same on all machines but alpha */
+#endif
 
 typedef void (*seek_handler)(void *request, uint64_t inode, uint64_t handle, int64_t offset, int whence);
 
