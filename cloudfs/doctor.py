@@ -102,7 +102,7 @@ def _abort() -> Finding:
     name = "fusectl"
     if any(entry.mountpoint == str(mountpoint.CONNECTIONS) for entry in mountpoint.mounts()):
         return Finding(name, used=True, detail="the watchdog and `cloudfs umount --force` end a mount that hangs by it")
-    instead = "umount2(MNT_FORCE) is used" if os.geteuid() == 0 else "only root can end a mount that hangs"
+    instead = "umount2(MNT_FORCE) is used" if os.geteuid() == 0 else "`cloudfs umount --force` ends the daemon instead"
     return Finding(name, used=False, detail=f"it is not mounted on {mountpoint.CONNECTIONS}; {instead}")
 
 
