@@ -11,6 +11,10 @@ bytes that are no UTF-8 arrive as surrogates (PEP 383), as Python gives them eve
 from __future__ import annotations
 
 from cloudfs.render.escaping import escape_terminal as escape_terminal
+from cloudfs.render.log import log_lines as log_lines
+from cloudfs.render.log import log_record as log_record
+from cloudfs.render.log import symbol_line as symbol_line
+from cloudfs.render.log import symbol_record as symbol_record
 from cloudfs.render.maps import maps_line as maps_line
 from cloudfs.render.maps import maps_text as maps_text
 from cloudfs.render.names import file_name as file_name

@@ -137,14 +137,3 @@ class PrintkLog(KernelLog):
             start = 0
         start += self._word
         return ring.text[start : min(start + length, size)]
-
-
-def log_lines(records: Iterator[LogRecord]) -> Iterator[str]:
-    """The lines that `dmesg --raw` prints: a time stamp on each line of a record (record_print_text)."""
-    for record in records:
-        seconds, rest = divmod(record.time_ns // 1000, 10**6)
-        head = f"<{record.facility << 3 | record.level}>[{seconds:5d}.{rest:06d}] "
-        for line in record.text.split("\n"):
-            yield head + line
-
-

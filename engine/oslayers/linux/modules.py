@@ -5,18 +5,21 @@ Sources: Linux include/linux/module.h (core_layout before 6.4, mem[] from 6.4 on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from engine.errors import FaultError, NotFoundError
-from engine.layout import Field
+from engine.layout import StructLayout
 from engine.memory import Memory
 from engine.oslayer import Module
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.walks import ring
-from engine.types import ExportInfo, ModuleInfo, SectionInfo
+from engine.types import ExportInfo, Extent, ModuleInfo, SectionInfo
 
 MODULE_LIMIT = 1 << 14
 SIZE_LIMIT = 1 << 30
@@ -24,6 +27,7 @@ SECTION_LIMIT = 4096
 EXPORT_LIMIT = 1 << 16
 MEMORY_KINDS = ("text", "data", "rodata", "ro_after_init", "init_text", "init_data", "init_rodata")
 """The parts of a module in `mem[]` (enum mod_mem_type); those of init are freed once it runs."""
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STATES = {0: "Live", 1: "Loading", 2: "Unloading", 3: "Unformed"}
 """enum module_state; a module that is still being put together is not in /proc/modules."""
 
@@ -113,14 +117,15 @@ class KernelModule(Module):
             if name and address >= base:
                 yield ExportInfo(name, address - base, size or None)
 
-    def _exported(self, objects: Objects) -> set[int]:
-        """The addresses of what it exports to all: their letters are capital (is_exported). Raises FaultError."""
+    def _exported(self, objects: Objects) -> set[tuple[str, int]]:
+        """(name, address) of what it exports to all: their letters are capital (is_exported). Raises FaultError."""
         layout, entry = objects.struct("module"), objects.struct("kernel_symbol")
-        place, value = entry.get("value_offset"), entry.get("value")
-        found: set[int] = set()
+        found: set[tuple[str, int]] = set()
         start, count = (objects.value(self.address, layout[name]) for name in ("syms", "num_syms"))
         for index in range(min(count, EXPORT_LIMIT) if start else 0):
-            found.add(_address_of(objects, start + index * entry.size, place, value))
+            at = start + index * entry.size
+            name = objects.text(_place(objects, at, entry, "name"), 512)
+            found.add((name, _place(objects, at, entry, "value")))
         return found
 
     def symbols(self) -> Iterator[tuple[str, int, str, int]]:
@@ -154,14 +159,16 @@ class KernelModule(Module):
             text, address = names.at(number(name.offset, name.size)), number(value.offset, value.size)
             if text:
                 letter = chr(kinds[index])
-                yield text, address, letter.upper() if address in exported else letter, number(size.offset, size.size)
+                letter = letter.upper() if (text, address) in exported else letter
+                yield text, address, letter, number(size.offset, size.size)
 
 
-def _address_of(objects: Objects, entry: int, place: Field | None, value: Field | None) -> int:
-    """What an exported symbol names: place-relative (HAVE_ARCH_PREL32_RELOCATIONS) or absolute."""
-    if place is not None:
-        return entry + place.offset + objects.value(entry, place)
-    return objects.pointer(entry + value.offset) if value is not None else 0
+def _place(objects: Objects, at: int, entry: StructLayout, name: str) -> int:
+    """A member of an exported symbol's entry: place-relative (HAVE_ARCH_PREL32_RELOCATIONS) or absolute."""
+    relative = entry.get(f"{name}_offset")
+    if relative is not None:
+        return at + relative.offset + objects.value(at, relative)
+    return objects.pointer(at + entry[name].offset)
 
 
 class _Strings:
@@ -202,7 +209,9 @@ def kernel_modules(kernel: Kernel) -> Iterator[KernelModule]:
     """
     objects = kernel.objects()
     layout = objects.struct("module")
-    head = kernel.profile.require("modules")
+    head = kernel.profile.symbol("modules") or find_head(kernel, objects)
+    if head is None:
+        raise NotFoundError("the kernel's list of modules is not known")
     for address in ring(objects, head, layout["list"], MODULE_LIMIT, kind="module list"):
         try:
             state = STATES.get(objects.value(address, layout["state"]), "?")
@@ -213,6 +222,53 @@ def kernel_modules(kernel: Kernel) -> Iterator[KernelModule]:
             continue
         if state != "Unformed":
             yield KernelModule(kernel, address, name, parts, state)
+
+
+def find_head(kernel: Kernel, objects: Objects) -> int | None:
+    """The head of the list of modules by its content, for kernels without data symbols; None where there is none.
+
+    Of all pairs of words in the kernel's image that could be a `struct list_head`, the one counts whose ring leads
+    through structures that have a module's name, state and memory.
+    """
+    layout, image = objects.struct("module"), kernel.found.image
+    link = layout["list"]
+    for head in _list_heads(objects, image):
+        names = 0
+        for address in ring(objects.silent(), head, link, MODULE_LIMIT):
+            try:
+                name = objects.text_in(address, layout["name"])
+                sound = objects.value(address, layout["state"]) in STATES and any(_parts(objects, address))
+            except FaultError:
+                sound = False
+            if not sound or not _NAME.fullmatch(name):
+                names = 0
+                break
+            names += 1
+        if names:
+            kernel.profile.learn("modules", head)
+            return head
+    return None
+
+
+def _list_heads(objects: Objects, image: Extent) -> Iterator[int]:
+    """The places in the image that hold two pointers to outside of it, which point back."""
+    word, step = objects.word, 1 << 20
+    kind = np.dtype(objects.word_type)
+    for start in range(image.start, image.stop - 2 * word, step):
+        data = objects.memory.read_padded(start, min(step + word, image.stop - start))
+        words = np.frombuffer(data, kind, len(data) // word).astype(np.uint64)
+        outside = (words >= objects.kernel_start) & (words & np.uint64(word - 1) == 0)
+        outside &= (words < image.start) | (words >= image.stop)
+        rows = np.flatnonzero(outside[:-1] & outside[1:])
+        if not len(rows):
+            continue
+        places = np.uint64(start) + rows.astype(np.uint64) * np.uint64(word)
+        back, faults = objects.memory.words(words[rows] + np.uint64(word), kind)
+        forth, more = objects.memory.words(words[rows + 1], kind)
+        good = (back.astype(np.uint64) == places) & (forth.astype(np.uint64) == places)
+        good[faults.rows] = False
+        good[more.rows] = False
+        yield from places[good].tolist()
 
 
 def _parts(objects: Objects, address: int) -> Iterator[Part]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from engine.errors import EngineError, NotFoundError
 from engine.formats.btf import Btf, load_btf
 from engine.formats.kallsyms import Kallsyms, load_kallsyms
+from engine.formats.ksymtab import Ksymtab, load_ksymtab
 from engine.layout import TypeSource
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
@@ -23,6 +24,8 @@ class Profile:
     found: Found
     types: TypeSource | None
     kallsyms: Kallsyms | None
+    exports: Ksymtab | None = None
+    """What the kernel exports to modules, data too: looked for where kallsyms has text alone."""
     notes: list[str] = field(default_factory=list)
     """Sentences for a person: what is missing, and why."""
     _known: dict[str, int] = field(default_factory=dict)
@@ -40,6 +43,8 @@ class Profile:
                 address = self.found.vmcoreinfo.symbol(name)
             if address is None and self.kallsyms is not None:
                 address = self.kallsyms.first(name)
+            if address is None and self.exports is not None:
+                address = self.exports.first(name)
             if address is not None:
                 self._known[name] = address
                 return address
@@ -72,6 +77,11 @@ def read_profile(found: Found) -> Profile:
         profile.kallsyms = load_kallsyms(image, found.image.start, references=found.vmcoreinfo.symbols)
     except EngineError as error:
         profile.notes.append(f"no symbols: {error}")
+    if profile.kallsyms is None or not profile.kallsyms.has_data:
+        try:
+            profile.exports = load_ksymtab(image, found.image.start, word_size=profile.word)
+        except EngineError as error:
+            profile.notes.append(f"no exported symbols: {error}")
     profile.types = _types(profile, image)
     return profile
 

@@ -1,0 +1,145 @@
+"""The OS layer `linux` over recorded guests, opened from their RAM alone: all that it says equals what they said."""
+
+from __future__ import annotations
+
+import pytest
+from guests.recording import Recording
+
+from cloudfs.render import log_lines, maps_line
+from engine.errors import EngineError
+from engine.file_memory import FileMemory
+from engine.oslayer import Base, KernelLog, ProcFiles, Symbols
+from engine.oslayers.linux import LinuxLayer
+
+BTF = ("amd64", "arm64", "riscv64")
+"""Architectures whose Debian kernels carry their types."""
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """Each guest's layer, opened once."""
+    kept: dict[str, LinuxLayer] = {}
+
+    def of(recording: Recording) -> LinuxLayer:
+        name = str(recording.image)
+        if name not in kept:
+            kept[name] = LinuxLayer.open(Base(FileMemory(name, immutable=True)), {})
+        return kept[name]
+
+    yield of
+    kept.clear()
+
+
+@pytest.fixture
+def layer(recording, layers):
+    return layers(recording)
+
+
+@pytest.fixture
+def with_types(recording, layer):
+    if recording.guest.architecture not in BTF:
+        pytest.skip("the kernels of this architecture carry no types: see test_linux_shape")  # not a missing tool
+    return layer
+
+
+def test_the_kernel_is_found_with_its_release_and_page_tables(recording, layer):
+    truth = recording.truth
+    assert layer.info.version == truth.text("/proc/sys/kernel/osrelease").strip()
+    assert layer.info.page_size == truth.page_size
+    assert layer.info.kernel_base == int(truth.vmcoreinfo["SYMBOL(_stext)"], 16)
+
+
+def test_the_log_equals_what_the_guest_read_of_it(recording, layer):
+    log = layer.capability(KernelLog)
+    assert log is not None
+    expected = recording.truth.text("dmesg").splitlines()
+    found = [line[:-1] for record in log.records() for line in log_lines(record, raw=True)]
+    assert found[: len(expected)] == expected
+
+
+def test_physical_memory_lies_where_the_machine_has_it(recording, layer):
+    """A few words of each extent of RAM, by the guest's addresses, in the recorded file."""
+    memory = layer.physical_memory
+    with recording.image.open("rb") as image:
+        for start, length, offset in recording.extents:
+            for part in range(8):
+                at = length // 8 * part & ~7
+                image.seek(offset + at)
+                assert memory.read(start + at, 8) == image.read(8), hex(start + at)
+
+
+def test_all_processes_are_listed(recording, with_types):
+    truth = recording.truth
+    listed = set(with_types.pids())
+    assert set(truth.pids) <= listed
+    assert len(listed - set(truth.pids)) <= 2  # what began after the guest had listed its own
+
+
+def test_names_states_and_numbers_equal_the_guest_s_own(recording, with_types):
+    for pid in recording.truth.pids:
+        info = with_types.process(pid).info
+        status = dict(line.split(":\t", 1) for line in recording.truth.text(f"/proc/{pid}/status").splitlines())
+        name = status["Name"]
+        assert name == info.name or info.kernel_thread, pid
+        assert int(status["PPid"]) == info.ppid
+        assert [info.uid, info.gid] == [int(status[key].split()[0]) for key in ("Uid", "Gid")]
+        assert int(status["Threads"]) == info.threads
+        stat = recording.truth.text(f"/proc/{pid}/stat").rsplit(")", 1)[1].split()
+        assert abs(int(stat[19]) - (info.start_ticks or 0)) <= 1
+
+
+def test_command_line_environment_and_links_equal_the_guest_s_own(recording, with_types):
+    truth = recording.truth
+    for pid in truth.pids:
+        files = with_types.process(pid).capability(ProcFiles)
+        assert files is not None
+        for name in ("cmdline", "environ"):
+            if f"/proc/{pid}/{name}" in truth:
+                assert files.read(name) == truth[f"/proc/{pid}/{name}"], (pid, name)
+        for name in ("exe", "cwd", "root"):
+            if f"/proc/{pid}/{name}" in truth:
+                assert files.link(name) == truth.text(f"/proc/{pid}/{name}").rstrip("\n"), (pid, name)
+
+
+def test_every_line_of_maps_equals_the_guest_s_own(recording, with_types):
+    for pid in recording.truth.pids:
+        expected = [line.split() for line in recording.truth.text(f"/proc/{pid}/maps").splitlines()]
+        found = [maps_line(region).split() for region in with_types.process(pid).regions()]
+        assert found == expected, pid
+
+
+def test_secrets_are_read_back_from_every_kind_of_mapping(recording, with_types):
+    from guests.truth import secret_text
+
+    truth = recording.truth
+    memory = with_types.process(truth.keeper).memory
+    for name, address in truth.secrets.items():
+        assert memory.read(address, 48) == secret_text(name), name
+
+
+def test_kernel_modules_equal_proc_modules(recording, with_types):
+    expected = [line.split() for line in recording.truth.text("/proc/modules").splitlines()]
+    try:
+        found = [[module.name, str(module.size), f"{module.info.base:#018x}"] for module in with_types.modules()]
+    except EngineError as error:
+        pytest.fail(str(error))
+    assert found == [[row[0], row[1], row[5]] for row in expected]
+
+
+def test_symbols_equal_kallsyms(recording, layer):
+    symbols = layer.capability(Symbols)
+    assert symbols is not None
+    expected = set()
+    for line in recording.truth.text("/proc/kallsyms").splitlines():
+        address, kind, rest = line.split(" ", 2)
+        name, _, module = rest.partition("\t")
+        if module or recording.guest.architecture in BTF:
+            module = module.strip("[]")
+        expected.add((name, kind, int(address, 16), module or None))
+    found = {(one.name, one.kind, one.address, one.module) for one in symbols.symbols()}
+    if recording.guest.architecture not in BTF:  # modules' symbols need types
+        expected = {row for row in expected if row[3] is None}
+        found = {row for row in found if row[3] is None}
+    assert not expected ^ found
+
+
