@@ -272,6 +272,17 @@ def _step(level: Level, entry_size: int) -> _Step:
     return level.shift - scale, ((1 << level.bits) - 1) << scale, *first, tuple(others)
 
 
+_Moved = tuple[int, int, Parts, int, int]
+"""mask, value, parts of the address, invert, log2 of the page or 0: of any row without a fault."""
+
+
+def _moved(level: Level) -> tuple[int, int, tuple[_Moved, ...]]:
+    """A level for the walk in between: shift, mask of the index, rows that say where a page or table lies."""
+    kinds = (kind for kind in level.kinds if kind.fault is None)
+    rows = tuple((kind.mask, kind.value, kind.address, kind.invert, kind.page_bits or 0) for kind in kinds)
+    return level.shift, (1 << level.bits) - 1, rows
+
+
 class _NotPlainError(Exception):
     """The quick walk does not know; the other one does."""
 
@@ -283,7 +294,7 @@ class Walker:
     Safe for concurrent readers.
     """
 
-    __slots__ = ("_last", "_ranges", "_read", "_shift", "_size", "_tables", "_upper", "absent", "dtb", "keep",
+    __slots__ = ("_last", "_moved", "_ranges", "_read", "_shift", "_size", "_tables", "_upper", "absent", "dtb", "keep",
                  "physical", "spec")  # fmt: skip
 
     def __init__(
@@ -300,6 +311,8 @@ class Walker:
         self._ranges = (0 if first.start else first.stop, last.start or last.stop, last.stop)
         *upper, self._last = (_step(level, spec.entry_size) for level in spec.levels)
         self._upper = tuple(upper)
+        plain = all(_plain(kind) for level in spec.levels for kind in level.kinds if kind.fault is None)
+        self._moved = () if plain else tuple(map(_moved, spec.levels))
         self._shift = spec.levels[-1].shift + spec.levels[-1].bits
         self._tables: dict[int, int] = {}
 
@@ -320,8 +333,36 @@ class Walker:
                 for mask, value, address_mask, inside, bits in others:
                     if entry & mask == value:
                         return entry & address_mask | address & inside, bits
-            except (FaultError, _NotPlainError):
+            except _NotPlainError:
                 pass
+            except FaultError:
+                return self._by_walk(address)
+            found = self._by_rows(address)
+            if found is not None:
+                return found
+        return self._by_walk(address)
+
+    def _by_rows(self, address: int) -> tuple[int, int] | None:
+        """The walk over rows of any kind (addresses in several parts, inverted); None where it finds no page."""
+        table, read, size = self.dtb, self._read, self._size
+        try:
+            for shift, index, rows in self._moved:
+                entry = read(table + (address >> shift & index) * size)
+                for mask, value, parts, invert, bits in rows:  # noqa: B007  (as in `_quick`)
+                    if entry & mask == value and entry:
+                        break
+                else:
+                    return None
+                table = take_parts(parts, entry ^ invert)
+                if bits:
+                    inside = (1 << bits) - 1
+                    return table & ~inside | address & inside, bits
+        except FaultError:
+            pass
+        return None
+
+    def _by_walk(self, address: int) -> tuple[int, int]:
+        """The walk that tells all, faults too."""
         translation = self.walk(address)
         return translation.physical, translation.page_bits
 
