@@ -44,27 +44,37 @@ class MappedPage:
 
 
 @lru_cache
-def _choices(kind: EntryKind) -> dict[tuple[Rights, PageFlags], tuple[int, ...]]:
-    """(rights, flags) → bits of an entry of this kind that say so; of a table the flags are none."""
-    rows = (*kind.rights, *kind.flags)
-    said = 0
-    for _, mask, _ in rows:
-        said |= mask
-    said &= ~(kind.mask | _stored(kind.address))
-    bits = [1 << bit for bit in range(said.bit_length()) if said >> bit & 1]
-    found: dict[tuple[Rights, PageFlags], tuple[int, ...]] = {}
+def _said(kind: EntryKind) -> dict[int, tuple[Rights, PageFlags]]:
+    """Every entry of this kind, without an address → (rights, flags) that it states; of a table there are no flags."""
+    bits = [1 << bit for bit in range(_stating(kind).bit_length()) if (_stating(kind) & ~kind.mask) >> bit & 1]
+    found = {}
     for number in range(1 << len(bits)):
         entry = kind.value | sum(bit for place, bit in enumerate(bits) if number >> place & 1)
-        listed = {right for right, _, _ in kind.rights}
         rights = Rights.NONE if kind.page_bits is not None else ALL_RIGHTS
-        for right in listed:
+        for right in {right for right, _, _ in kind.rights}:
             given = any(entry & mask == value for other, mask, value in kind.rights if other is right)
             rights = rights | right if given else rights & ~right
         flags = PageFlags.NONE
         for flag, mask, value in kind.flags:
             flags |= flag if entry & mask == value else PageFlags.NONE
-        found[rights, flags] = (*found.get((rights, flags), ()), entry)
+        found[entry] = rights, flags
     return found
+
+
+@lru_cache
+def _stating(kind: EntryKind) -> int:
+    """The bits of an entry that say anything but where it leads."""
+    bits = kind.mask
+    for _, mask, _ in (*kind.rights, *kind.flags):
+        bits |= mask
+    return bits & ~(_stored(kind.address) & ~kind.mask)
+
+
+@lru_cache
+def _denying(kinds: tuple[EntryKind, ...], rights: Rights) -> tuple[int, EntryKind]:
+    """The entry of a table that grants what comes next to `rights`."""
+    every = [(entry, kind) for kind in kinds for entry in _said(kind)]
+    return min(every, key=lambda row: (_said(row[1])[row[0]][0] ^ rights).value.bit_count())
 
 
 def _stored(parts: Parts) -> int:
@@ -89,6 +99,10 @@ def _scattered(parts: Parts, address: int) -> int:
     for mask, shift in parts:
         entry |= (address >> shift if shift >= 0 else address << -shift) & mask
     return entry
+
+
+def _leads(kind: EntryKind) -> bool:
+    return kind.page_bits is None and kind.fault is None
 
 
 class PageTableBuilder:
@@ -141,7 +155,7 @@ class PageTableBuilder:
 
     def can_grant(self, name: str) -> set[tuple[Rights, PageFlags]]:
         """(rights, flags) that an entry of that name can express."""
-        return set(_choices(self._page(name)[1]))
+        return set(_said(self._page(name)[1]).values())
 
     def _page(self, name: str | None) -> tuple[int, EntryKind]:
         found = [page for page in self.pages() if name in (None, page[1].name)]
@@ -171,8 +185,8 @@ class PageTableBuilder:
         canonical = self.spec.canonical(address)
         if canonical is None or address % size or physical % size or physical & ~_reach(kind.address):
             raise InvalidArgumentError(f"{self.spec.name}: no {kind.name} page can map {address:#x} to {physical:#x}")
-        fitting = [entry for (right, flag), entries in _choices(kind).items() for entry in entries
-                   if rights in (None, right) and flags in (None, flag)]  # fmt: skip
+        fitting = [entry for entry, (right, flag) in _said(kind).items()
+                   if (rights is None or right == rights) and (flags is None or flag == flags)]  # fmt: skip
         if not fitting:
             raise InvalidArgumentError(f"no {kind.name} page of {self.spec.name} has {rights} and {flags}")
         step = 1 << self.spec.levels[level].shift
@@ -181,7 +195,7 @@ class PageTableBuilder:
             raise InvalidArgumentError(f"{address:#x} is mapped already")
         table, granted = self._descend(canonical, level, tables)
         entry = self.random.choice(fitting) if self.noise else fitting[0]
-        said = next(key for key, entries in _choices(kind).items() if entry in entries)
+        said = _said(kind)[entry]
         for slot in slots:
             self._store(table, level, slot, entry | _scattered(kind.address, physical), kind)
         page = MappedPage(canonical, physical, kind.page_bits, granted & said[0], said[1])
@@ -204,16 +218,10 @@ class PageTableBuilder:
 
     def table_entry(self, level: int, table: int, rights: Rights = ALL_RIGHTS) -> int:
         """An entry of `level` that leads to the table at the physical address `table`, denying what it can."""
-        kinds = [kind for kind in self.spec.levels[level].kinds if kind.page_bits is None and kind.fault is None]
-        entries = [(granted, entry, kind) for kind in kinds
-                   for (granted, _), found in _choices(kind).items() for entry in found]  # fmt: skip
-        if not entries or table & ~_reach(kinds[0].address):
+        kinds = tuple(filter(_leads, self.spec.levels[level].kinds))
+        if not kinds or table & ~_reach(kinds[0].address):
             raise InvalidArgumentError(f"{self.spec.name}: no entry of level {level} leads to a table at {table:#x}")
-
-        def distance(row: tuple[Rights, int, EntryKind]) -> int:
-            return (row[0] ^ rights).value.bit_count()
-
-        _, entry, kind = min(entries, key=distance)
+        entry, kind = _denying(kinds, rights)
         return self._noisy(entry | _scattered(kind.address, table), kind)
 
     def find(self, address: int) -> MappedPage | None:
@@ -254,20 +262,12 @@ class PageTableBuilder:
 
     def _granted(self, level: int, entry: int) -> Rights:
         """What a table's entry lets pass, from the choices that it was made of."""
-        for kind in self.spec.levels[level].kinds:
-            if kind.page_bits is None and kind.fault is None and entry & kind.mask == kind.value:
-                said = kind.mask
-                for _, mask, _ in kind.rights:
-                    said |= mask
-                return next(granted for (granted, _), found in _choices(kind).items() if entry & said in found)
-        raise AssertionError("an entry that `table_entry` has made")
+        kind = next(kind for kind in self.spec.levels[level].kinds if _leads(kind) and kind.matches(entry))
+        return _said(kind)[entry & _stating(kind)][0]
 
     def _noisy(self, entry: int, kind: EntryKind) -> int:
-        said = kind.mask | _stored(kind.address)
-        for _, mask, _ in (*kind.rights, *kind.flags):
-            said |= mask
         noise = self.random.getrandbits(8 * self.spec.entry_size) if self.noise else 0
-        return (entry | noise & ~said & self.spec.entry_mask) ^ kind.invert
+        return (entry | noise & ~(_stating(kind) | _stored(kind.address))) ^ kind.invert
 
     def _store(self, table: int, level: int, slot: tuple[int, int], entry: int, kind: EntryKind | None = None) -> int:
         if kind is not None:
