@@ -104,6 +104,9 @@ class Directory(Node):
         """rmdir(2) of a child. PermissionError unless the directory is one of instances."""
         raise PermissionError(f"{name} cannot be removed: only instances can")
 
+    def rest(self) -> None:
+        """Let go of what is kept below it to be quick: nobody has asked for anything for a while. Asked of the root."""
+
     def attributes(self) -> Attributes:
         """See `Node.attributes`."""
         return _DIRECTORY_ATTRIBUTES

@@ -168,6 +168,7 @@ class TreeOperations(pyfuse3.Operations):
         readdir_reply: ReaddirReply = pyfuse3.readdir_reply,
         reraise: bool = False,
     ) -> None:
+        self._root = root
         self.inodes = InodeTable(root, inode_bound)
         self.counters = counters or Counters()
         self.threads = WorkerThreads(timeout)
@@ -308,6 +309,10 @@ class TreeOperations(pyfuse3.Operations):
 
     def rest(self) -> None:
         """Let go of what is kept for the next request alone."""
+        try:
+            self._root.rest()
+        except Exception as error:
+            self.report_bug(error, "the rest")
         self.inodes.compact()
         self._shown_attributes = None
 

@@ -26,10 +26,12 @@ M_ARENA_MAX, ARENAS = -8, 2
 """mallopt(3): heaps that glibc makes for threads, 8 for each CPU otherwise. Python's threads take turns anyway."""
 GROWN = 4 << 20
 """Bytes of resident memory, more than after the last rest, from which on a rest is worth its 10 to 50 ms of CPU."""
-SETTLING = 0.25
+LOOK = 0.25
 """Seconds between two looks at whether the kernel still forgets: 100,000 nodes take it about one."""
-SETTLED = 40
-"""Looks at the most."""
+SETTLED = 4
+"""Looks that find no change; a machine that is busy lets it begin late."""
+LOOKS = 80
+"""At the most."""
 
 
 class Rest:
@@ -74,25 +76,26 @@ class Rest:
         return self._operations.inodes.above_rest or resident() > self._resident + GROWN
 
     async def _rest(self) -> None:
-        if self._operations.inodes.above_rest:
-            await self._forget()
-        self._operations.rest()
+        operations = self._operations
+        if operations.inodes.above_rest:
+            for ask in (functools.partial(operations.forget_stale, each=True), operations.forget_remaining):
+                ask()
+                await self._settle()
+        operations.rest()
         gc.collect()
         self._give_back()
         self._resident = resident()
         self.count += 1
 
-    async def _forget(self) -> None:
-        inodes = self._operations.inodes
-        for ask in (functools.partial(self._operations.forget_stale, each=True), self._operations.forget_remaining):
-            ask()
-            for _ in range(SETTLED):
-                before = len(inodes)
-                await trio.sleep(SETTLING)
-                if not self._watchdog.asleep:
-                    return
-                if len(inodes) == before:
-                    break
+    async def _settle(self) -> None:
+        """Wait until the kernel forgets no more, or knows new nodes; what is freed later is not given back."""
+        inodes, same = self._operations.inodes, 0
+        for _ in range(LOOKS):
+            before = len(inodes)
+            await trio.sleep(LOOK)
+            same = same + 1 if len(inodes) == before else 0
+            if same == SETTLED or len(inodes) > before:
+                return
 
 
 def resident() -> int:

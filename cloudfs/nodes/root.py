@@ -9,6 +9,7 @@ from cloudfs.nodes.connectors import ConnectorsDirectory
 from cloudfs.nodes.contexts import TreeContext, root_entry
 from cloudfs.nodes.directories import EntryDirectory, entries_of
 from cloudfs.nodes.files.text import FixedText, TextFile
+from cloudfs.nodes.kept import KEPT
 from cloudfs.nodes.oslayers import OsLayersDirectory
 from cloudfs.nodes.plugins_file import load_entries, plugins_file
 from cloudfs.nodes.readme import readme_text
@@ -45,6 +46,14 @@ class RootDirectory(EntryDirectory[TreeContext]):
     def child(self, name: str) -> Node | None:
         """See `Directory.child`."""
         return self._fixed(name) if name in (".ignore", "CACHEDIR.TAG") else super().child(name)
+
+    def rest(self) -> None:
+        """See `Directory.rest`: facts of live targets are too old to be of use, and they hold processes' files."""
+        machine = self.context.machine
+        for instance in (*machine.instances("connector"), *machine.instances("oslayer")):
+            if instance.live:
+                KEPT.forget(instance)
+                instance.forget()
 
     def _fixed(self, name: str) -> Node:
         return FixedText(self.context, name, IGNORE if name == ".ignore" else CACHEDIR_TAG)

@@ -94,3 +94,13 @@ def test_it_rests_where_there_is_something_to_give_back(
     assert count == rests
     assert named <= {name for _, name in invalidated}
     assert bool(named) == bool(invalidated)
+
+
+def test_a_root_that_fails_to_let_go_is_a_bug_in_the_log_and_no_more() -> None:
+    class Broken(Folder):
+        def rest(self) -> None:
+            raise KeyError("a bug")
+
+    operations = TreeOperations(Broken("root", {}))
+    operations.rest()
+    assert operations.counters.bugs == 1

@@ -17,6 +17,7 @@ from cloudfs.node import File, Node
 from cloudfs.nodes import contexts
 from cloudfs.nodes.contexts import ProcessContext, process_entry
 from cloudfs.nodes.files.text import TextFile
+from cloudfs.nodes.kept import KEPT
 from cloudfs.nodes.readme import UNSIZED
 from cloudfs.nodes.root import build_root
 from engine.chain import Spec
@@ -189,3 +190,16 @@ def test_the_tree_needs_neither_pyfuse3_nor_trio():
         "build_root(Machine()); assert not {'trio', 'pyfuse3'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_at_rest_the_root_lets_go_of_what_is_kept_of_live_targets_alone(monkeypatch, live):
+    with fake_machine(monkeypatch, live=live) as (machine, layer):
+        layer.table[7] = Life()
+        root = build_root(machine)
+        instance = machine.instances("oslayer")[0]
+        process = instance.process(7)
+        KEPT.store(instance, "key", "value")
+        root.rest()
+        assert (instance.process(7) is not process) == live
+        assert (KEPT.find(instance, "key") is None) == live
