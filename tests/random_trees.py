@@ -15,6 +15,7 @@ def random_memory(spec: MmuSpec, seed: int, size: int = 1 << 18, absent: float =
     count = size // spec.entry_size
     noise = chance.integers(0, 1 << 64, count, np.uint64)
     kinds = [kind for level in spec.levels for kind in level.kinds]
+    kinds += [kind for kind in kinds if kind.fault is None and kind.page_bits is None] * 2
     entries = np.zeros(count, np.uint64)
     choice = chance.integers(0, len(kinds), count)
     for number, kind in enumerate(kinds):

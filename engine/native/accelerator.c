@@ -139,6 +139,9 @@ static __attribute__((noinline)) int slow_entry(struct memory *memory, u64 addre
     return 1;
 }
 
+#define WIDE 1024
+#define AHEAD 8
+
 INLINE void copy_rows(struct memory *memory, const u64 *addresses, u64 count, u64 width, u8 *out,
                       volatile u64 *current, u64 *failed, volatile u64 *failures)
 {
@@ -146,6 +149,11 @@ INLINE void copy_rows(struct memory *memory, const u64 *addresses, u64 count, u6
         const u8 *from = place(memory, addresses[row], width);
         *current = row;
         settled();
+        if (width >= WIDE && row + 1 < count) { /* the next row comes nearer while this one is copied */
+            const u8 *next = place(memory, addresses[row + 1], width);
+            for (unsigned line = 0; next && line < AHEAD; line++)
+                __builtin_prefetch(next + 64 * line);
+        }
         if (unlikely(!from)) {
             failed[*failures] = row;
             ++*failures;

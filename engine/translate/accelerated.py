@@ -29,19 +29,27 @@ _DONE, _LEFT, _REMEMBERED, _SLOTS, _TABLES = 1, 4, 5, 7, 8
 _REPEATED, _MALFORMED, _LIMITED, _UNREADABLES, _MET, _UNREADABLE = 9, 10, 11, 12, 14, 15
 
 
-def mode_of(found: Library, rows: SpecRows) -> _Words | None:
-    """The rows of a mode as the C reads them (`struct mode`), kept with them; None where it has no room for them."""
+def mode_of(found: Library, rows: SpecRows) -> int | None:
+    """Where the rows of a mode stand as the C reads them (`struct mode`), for as long as `rows` lives.
+
+    None where the C has no room for them.
+    """
     if rows.native is None:
-        kinds = [kind for level in rows.levels for kind in level.kinds]
-        fits = len(rows.levels) <= LEVELS and all(
-            max(len(kind.address), 1) <= PARTS and max(len(kind.rights), len(kind.flags)) <= RULES for kind in kinds
-        )
-        words = _mode(rows) if fits else []
-        column = np.array(words, np.uint64)
-        if fits and int(found.mode_size(len(kinds))) != column.nbytes:
-            raise AssertionError("the accelerator and this module disagree about struct mode")
-        rows.native = column
-    return rows.native if len(rows.native) else None
+        rows.native = _native(found, rows)
+    return rows.native[1] or None
+
+
+def _native(found: Library, rows: SpecRows) -> tuple[_Words, int]:
+    kinds = [kind for level in rows.levels for kind in level.kinds]
+    fits = len(rows.levels) <= LEVELS and all(
+        len(kind.address) <= PARTS and max(len(kind.rights), len(kind.flags)) <= RULES for kind in kinds
+    )
+    if not fits:
+        return np.empty(0, np.uint64), 0
+    column = np.array(_mode(rows), np.uint64)
+    if int(found.mode_size(len(kinds))) != column.nbytes:
+        raise AssertionError("the accelerator and this module disagree about struct mode")
+    return column, place(column)
 
 
 def _mode(rows: SpecRows) -> list[int]:
@@ -108,14 +116,14 @@ class Answers:
 
 
 def walk(
-    found: Library, pieces: Pieces, mode: _Words, dtb: int, addresses: Addresses, out: Answers, *, ask: bool
+    found: Library, pieces: Pieces, mode: int, dtb: int, addresses: Addresses, out: Answers, *, ask: bool
 ) -> npt.NDArray[np.bool_] | None:
     """Fill `out` with where `addresses` lie; gives which of them the mode does not translate, if any."""
     count = out.count
     small = out.at + 8 * count
     more = (small + 2 * count, small + 3 * count) if out.details else (None, None)
     others = found.translate(
-        *pieces.where(), place(mode), dtb, place(addresses), count, out.at, small, small + count, *more, ask
+        *pieces.where(), mode, dtb, place(addresses), count, out.at, small, small + count, *more, ask
     )
     if not others:
         return None
@@ -129,7 +137,7 @@ class NativeTreeWalk:
     """`TreeWalk` in C, over mappings."""
 
     def __init__(
-        self, found: Library, physical: Memory, pieces: Pieces, rows: SpecRows, mode: _Words, dtb: int,
+        self, found: Library, physical: Memory, pieces: Pieces, rows: SpecRows, mode: int, dtb: int,
         *, buffer: int, ask: bool, report: WalkReport,
     ) -> None:  # fmt: skip
         self.library = found
@@ -151,7 +159,7 @@ class NativeTreeWalk:
     def walk(self, extent: Extent, low: int, last: int) -> Iterator[Blocks]:
         """See `TreeWalk.walk`."""
         tree = self._tree
-        memory = *self.pieces.where(), place(self.mode), place(tree)
+        memory = *self.pieces.where(), self.mode, place(tree)
         self.library.tree_begin(*memory, self.dtb, top_start(self.rows, extent), low, last)
         if self.begun:  # the other half of the same table
             tree[_TABLES] = 0

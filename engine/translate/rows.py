@@ -189,8 +189,8 @@ class SpecRows:
         self.low_stop = 1 << spec.low_bits if spec.low_bits else 0
         self.high_start = (1 << spec.address_bits) - (1 << spec.high_bits) if spec.high_bits else None
         self.top = (1 << spec.address_bits) - 1
-        self.native: npt.NDArray[np.uint64] | None = None
-        """The same for the accelerator, which sets it."""
+        self.native: tuple[npt.NDArray[np.uint64], int] | None = None
+        """The same for the accelerator, which sets it, and where that is."""
 
     def canonical(self, addresses: Addresses) -> tuple[Addresses, npt.NDArray[np.bool_] | None]:
         """The addresses without their tags, and which this mode translates; None: all of them."""
