@@ -36,7 +36,8 @@ NAMES_LIMIT = 4 << 20
 _NEAR = 4 << 20
 """Bytes around a name in which its entry is looked for at first."""
 _SEED_LIMIT = 32
-_POINTER_LIMIT = 4096
+_POINTER_LIMIT = 256
+"""Pointers to a name that are looked at; the first is an entry, if not a driver's table of names."""
 _WINDOWS = (1 << 17, 1 << 20, 1 << 22)
 """Bytes looked at on both sides of an entry: more only where the table fills them."""
 _NAME_LIMIT = 512

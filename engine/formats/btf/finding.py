@@ -47,8 +47,9 @@ def load_btf(
     damaged: tuple[Btf, Candidate] | None = None
     reasons: list[str] = []
     for alignment in (4, 1):  # linkers ask for no alignment, yet all kernels seen have it
-        found = sorted(find_btf(memory, start, stop, alignment=alignment), key=lambda each: -each.header.size)
-        for candidate in found[:_TRIED_LIMIT]:
+        begun = find_btf(memory, start, stop, alignment=alignment)
+        found = [each for each in begun if alignment == 4 or each.address % 4]
+        for candidate in sorted(found, key=lambda each: -each.header.size)[:_TRIED_LIMIT]:
             try:
                 btf = Btf(memory.read_padded(candidate.address, candidate.header.size))
                 if not _has(btf, member):

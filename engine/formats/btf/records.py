@@ -14,7 +14,7 @@ from engine.errors import BadDataError, NotRecognisedError
 
 MAGIC = 0xEB9F
 HEADER_SIZE = 24
-SIZE_LIMIT = 64 << 20
+SIZE_LIMIT = 32 << 20
 """Bytes; Linux refuses more than 16 MiB, and makes 3 to 8 of them."""
 TYPE_WORDS = 3
 """Words at the beginning of every type: name, info, size or type."""

@@ -12,6 +12,7 @@ Since Linux 6.4 the addresses stand behind token_index, before that in front of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,9 @@ _TABLE_LIMIT = 1 << 14
 """Bytes of the token table; kernels need one to three thousand."""
 _MARKER_ROOM = (1 << 20, 8 << 20)
 """How far below the token table markers are looked for: at first, then."""
-_HIT_LIMIT = 256
+_HIT_LIMIT = 4096
+_TABLE_COUNT_LIMIT = 32
+"""Token tables below which others are looked for; a kernel has one, and leaves a few dead ones."""
 _GUESS_LIMIT = 1024
 """Places tried for the number of symbols below one token table; the first is right but by chance."""
 _SAMPLE = 16
@@ -71,13 +74,14 @@ class Tables:
 
 def find_tables(memory: Memory, start: int = 0, stop: int | None = None) -> Iterator[Tables]:
     """The sets of tables in [start, stop), ascending; dead copies of single tables are passed over."""
-    for hit in find_all(memory, [_DIGITS], start, stop, limit=_HIT_LIMIT):
-        for order, table, index in _token_tables(memory, hit):
-            for room in _MARKER_ROOM:
-                found = _tables_below(memory, order, table, index, max(start, table - room))
-                if found is not None:
-                    yield found
-                    break
+    hits = find_all(memory, [_DIGITS], start, stop, limit=_HIT_LIMIT)
+    token_tables = (each for hit in hits for each in _token_tables(memory, hit))
+    for order, table, index in itertools.islice(token_tables, _TABLE_COUNT_LIMIT):
+        for room in _MARKER_ROOM:
+            found = _tables_below(memory, order, table, index, max(start, table - room))
+            if found is not None:
+                yield found
+                break
 
 
 def tokens_of(memory: Memory, tables: Tables) -> list[bytes]:
