@@ -29,15 +29,17 @@ _WHERE = {
         "UnsupportedError UnusableTargetError"
     ),
     "engine.types": (
-        "ConnectorInfo ExportInfo Extent ImportInfo ModuleInfo OsInfo PageFlags PhysicalMap ProcessInfo Region Rights "
-        "SectionInfo TargetHints ThreadInfo"
+        "ConnectorInfo ExportInfo Extent ImportInfo LogRecord ModuleInfo OpenFileInfo OsInfo PageFlags PhysicalMap "
+        "ProcessInfo Region Rights SectionInfo SocketInfo SymbolInfo TargetHints ThreadInfo"
     ),
     "engine.memory": "BytesMemory Faults Memory MemoryWindow",
     "engine.file_memory": "FileMemory",
     "engine.memory_map": "MapRange MappedMemory MemoryMap",
     "engine.translate.virtual": "VirtualMemory",
     "engine.connector": "Connector Target",
-    "engine.oslayer": "Base HostOwned Module OsLayer PhysicalMaps ProcFiles Process",
+    "engine.oslayer": (
+        "Base HostOwned KernelLog Module OpenFiles OsLayer PhysicalMaps ProcFiles Process Sockets Symbols"
+    ),
     "engine.machine": "Instance Machine",
     "engine.targets": "open_target",
 }
@@ -62,11 +64,15 @@ if TYPE_CHECKING:
     from engine.memory_map import MemoryMap as MemoryMap
     from engine.oslayer import Base as Base
     from engine.oslayer import HostOwned as HostOwned
+    from engine.oslayer import KernelLog as KernelLog
     from engine.oslayer import Module as Module
+    from engine.oslayer import OpenFiles as OpenFiles
     from engine.oslayer import OsLayer as OsLayer
     from engine.oslayer import PhysicalMaps as PhysicalMaps
     from engine.oslayer import Process as Process
     from engine.oslayer import ProcFiles as ProcFiles
+    from engine.oslayer import Sockets as Sockets
+    from engine.oslayer import Symbols as Symbols
     from engine.targets import open_target as open_target
     from engine.translate.virtual import VirtualMemory as VirtualMemory
     from engine.types import *  # noqa: F403

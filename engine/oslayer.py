@@ -29,11 +29,13 @@ from engine.types import (
     ImportInfo,
     LogRecord,
     ModuleInfo,
+    OpenFileInfo,
     OsInfo,
     PhysicalMap,
     ProcessInfo,
     Region,
     SectionInfo,
+    SocketInfo,
     SymbolInfo,
     TargetHints,
     ThreadInfo,
@@ -227,6 +229,22 @@ class PhysicalMaps(ABC):
     @abstractmethod
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """Runs of pages that follow one another in both address spaces, ascending. Raises ProcessExitedError."""
+
+
+class Sockets(ABC):
+    """Of an OsLayer: the sockets of all processes."""
+
+    @abstractmethod
+    def sockets(self) -> Iterator[SocketInfo]:
+        """Each socket once for each descriptor that leads to it, by PID and descriptor."""
+
+
+class OpenFiles(ABC):
+    """Of a Process: what it has open."""
+
+    @abstractmethod
+    def open_files(self) -> Iterator[OpenFileInfo]:
+        """Its open descriptors, ascending. Raises ProcessExitedError."""
 
 
 class KernelLog(ABC):

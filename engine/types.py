@@ -240,6 +240,47 @@ class LogRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SocketInfo:
+    """One socket; None is «not known», or «has none»."""
+
+    family: str
+    """`inet`, `inet6`, `unix`, `netlink`, `packet`, or the number."""
+    kind: str
+    """`stream`, `dgram`, `raw`, `seqpacket`, or the number."""
+    protocol: str
+    """`tcp`, `udp`, `icmp` …, or the number."""
+    state: str | None
+    """As ss(8) calls it, in capitals: LISTEN, ESTABLISHED, CLOSE …"""
+    local: str | None
+    """Address of its own: `127.0.0.1:80`, `[::1]:80`, a path, `@name`, a netlink port."""
+    remote: str | None
+    inode: int | None
+    uid: int | None
+    pid: int | None
+    descriptor: int | None
+    object: int | None
+    """Address of the kernel's record."""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFileInfo:
+    """One open descriptor of a process."""
+
+    descriptor: int
+    path: str | None
+    """As a link in /proc/PID/fd reads."""
+    kind: str | None
+    """`file`, `directory`, `device`, `pipe`, `socket`, `anonymous`, `link`."""
+    flags: int | None
+    """As open(2) took them."""
+    position: int | None
+    inode: int | None
+    device: tuple[int, int] | None
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class SymbolInfo:
     """One symbol of a kernel."""
 

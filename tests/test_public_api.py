@@ -13,13 +13,14 @@ import engine
 FACE = {
     "AccessDeniedError", "AlreadyExistsError", "BadDataError", "Base", "BytesMemory", "Connector",
     "ConnectorClosedError", "ConnectorInfo", "EngineError", "ExportInfo", "Extent", "FaultError", "FaultKind",
-    "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "Machine", "MapRange",
-    "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo", "NotFoundError",
-    "NotRecognisedError", "OsInfo", "OsLayer", "PageFlags", "PagedOutError", "PhysicalMap", "PhysicalMaps",
-    "PluginError", "ProcFiles", "Process", "ProcessExitedError", "ProcessInfo", "ReadOnlyError",
-    "ReadOnlyFaultError", "Region", "Rights", "SectionInfo", "SourceFaultError", "Target", "TargetBusyError",
-    "TargetGoneError", "TargetHints", "TargetTimeoutError", "ThreadInfo", "UnsupportedError", "UnusableTargetError",
-    "VirtualMemory", "open_target",
+    "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "KernelLog", "LogRecord",
+    "Machine", "MapRange", "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo",
+    "NotFoundError", "NotRecognisedError", "OpenFileInfo", "OpenFiles", "OsInfo", "OsLayer", "PageFlags",
+    "PagedOutError", "PhysicalMap", "PhysicalMaps", "PluginError", "ProcFiles", "Process", "ProcessExitedError",
+    "ProcessInfo", "ReadOnlyError", "ReadOnlyFaultError", "Region", "Rights", "SectionInfo", "SocketInfo",
+    "Sockets", "SourceFaultError", "SymbolInfo", "Symbols", "Target", "TargetBusyError", "TargetGoneError",
+    "TargetHints", "TargetTimeoutError", "ThreadInfo", "UnsupportedError", "UnusableTargetError", "VirtualMemory",
+    "open_target",
 }  # fmt: skip
 
 

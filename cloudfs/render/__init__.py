@@ -32,11 +32,13 @@ from cloudfs.render.records import export_record as export_record
 from cloudfs.render.records import import_record as import_record
 from cloudfs.render.records import instance_record as instance_record
 from cloudfs.render.records import module_record as module_record
+from cloudfs.render.records import open_file_record as open_file_record
 from cloudfs.render.records import os_record as os_record
 from cloudfs.render.records import plugin_record as plugin_record
 from cloudfs.render.records import process_record as process_record
 from cloudfs.render.records import region_record as region_record
 from cloudfs.render.records import section_record as section_record
+from cloudfs.render.records import socket_record as socket_record
 from cloudfs.render.records import target_record as target_record
 from cloudfs.render.records import thread_record as thread_record
 from cloudfs.render.text import Column as Column

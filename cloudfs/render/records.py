@@ -14,10 +14,12 @@ from engine.types import (
     ExportInfo,
     ImportInfo,
     ModuleInfo,
+    OpenFileInfo,
     OsInfo,
     ProcessInfo,
     Region,
     SectionInfo,
+    SocketInfo,
     ThreadInfo,
 )
 
@@ -74,6 +76,38 @@ def module_record(info: ModuleInfo) -> Record:
         "size": info.size,
         "architecture": info.architecture,
         "build_id": info.build_id,
+    }
+
+
+def socket_record(socket: SocketInfo) -> Record:
+    """One socket of a process."""
+    return {
+        "pid": socket.pid,
+        "descriptor": socket.descriptor,
+        "family": socket.family,
+        "kind": socket.kind,
+        "protocol": socket.protocol,
+        "state": socket.state,
+        "local": socket.local,
+        "remote": socket.remote,
+        "inode": socket.inode,
+        "uid": socket.uid,
+        "object": address_text(socket.object),
+        **{key: plain(value) for key, value in socket.extra.items()},
+    }
+
+
+def open_file_record(file: OpenFileInfo) -> Record:
+    """One open descriptor of a process."""
+    return {
+        "descriptor": file.descriptor,
+        "kind": file.kind,
+        "path": file.path,
+        "flags": None if file.flags is None else f"{file.flags:#o}",
+        "position": file.position,
+        "size": file.size,
+        "inode": file.inode,
+        "device": None if file.device is None else f"{file.device[0]:02x}:{file.device[1]:02x}",
     }
 
 

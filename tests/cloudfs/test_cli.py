@@ -21,7 +21,10 @@ from targets import running_target
 import engine
 from cloudfs.cli import command_names, load_command
 
-COMMANDS = ["completion", "info", "maps", "modules", "mount", "plugins", "ps", "read", "targets", "umount", "write"]
+COMMANDS = [
+    "completion", "dmesg", "info", "lsmod", "lsof", "maps", "modules", "mount", "netstat", "pagetree", "plugins", "ps",
+    "read", "targets", "translate", "umount", "write",
+]  # fmt: skip
 
 
 def test_the_commands_are_the_files_of_the_package():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import pytest
 from guests.recording import Recording
 
 from cloudfs.render import log_lines, maps_line
 from engine.errors import EngineError
 from engine.file_memory import FileMemory
-from engine.oslayer import Base, KernelLog, ProcFiles, Symbols
+from engine.oslayer import Base, KernelLog, OpenFiles, ProcFiles, Sockets, Symbols
 from engine.oslayers.linux import LinuxLayer
 
 BTF = ("amd64", "arm64", "riscv64")
@@ -143,3 +145,46 @@ def test_symbols_equal_kallsyms(recording, layer):
     assert not expected ^ found
 
 
+
+
+def _ends(family: str, text: str) -> str:
+    """`0100007F:1C20` as `127.0.0.1:7200`."""
+    host, port = text.split(":")
+    data = b"".join(bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8))
+    if family == "inet":
+        return f"{ipaddress.IPv4Address(data)}:{int(port, 16)}"
+    wide = ipaddress.IPv6Address(data)
+    return f"[{f'::ffff:{wide.ipv4_mapped}' if wide.ipv4_mapped else wide}]:{int(port, 16)}"
+
+
+@pytest.mark.parametrize(
+    ("file", "family"), [("tcp", "inet"), ("tcp6", "inet6"), ("udp", "inet"), ("udp6", "inet6")]
+)
+def test_sockets_equal_proc_net(recording, with_types, file, family):
+    source = with_types.capability(Sockets)
+    assert source is not None
+    found = {
+        (one.local, one.remote, one.uid, one.inode)
+        for one in source.sockets()
+        if one.family == family and one.protocol == file.rstrip("6")
+    }
+    lines = [line.split() for line in recording.truth.text(f"/proc/net/{file}").splitlines()[1:]]
+    assert {(_ends(family, row[1]), _ends(family, row[2]), int(row[7]), int(row[9])) for row in lines} == found
+
+
+def test_unix_sockets_equal_proc_net(recording, with_types):
+    source = with_types.capability(Sockets)
+    assert source is not None
+    found = {(one.inode, one.local) for one in source.sockets() if one.family == "unix"}
+    lines = [line.split(None, 7) for line in recording.truth.text("/proc/net/unix").splitlines()[1:]]
+    assert {(int(row[6]), row[7].rstrip("\n") if len(row) > 7 else None) for row in lines} == found
+
+
+def test_open_files_equal_the_links_in_fd(recording, with_types):
+    for pid in recording.truth.pids:
+        if f"/proc/{pid}/fd" not in recording.truth:
+            continue
+        process = with_types.process(pid).capability(OpenFiles)
+        found = {str(one.descriptor): one.path for one in process.open_files()}
+        expected = dict(line.split(" ", 1) for line in recording.truth.text(f"/proc/{pid}/fd").splitlines())
+        assert found == expected, pid

@@ -13,9 +13,13 @@ import numpy as np
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
-from engine.oslayers.linux.paths import Paths
+from engine.oslayers.linux.paths import FIFO, FILE_TYPE, REGULAR, SOCKET, Paths
 from engine.oslayers.linux.tasks import Tasks
+from engine.types import OpenFileInfo
 
+KINDS = {REGULAR: "file", 0x4000: "directory", SOCKET: "socket", FIFO: "pipe", 0xA000: "link", 0x2000: "device",
+         0x6000: "device"}  # fmt: skip
+"""Kinds of files by S_IFMT (include/uapi/linux/stat.h)."""
 DESCRIPTOR_LIMIT = 1 << 20
 """fs.nr_open by default (sysctl_nr_open of fs/file.c)."""
 
@@ -48,6 +52,7 @@ class Descriptors:
         self.table_of = files["fdt"]
         self.most, self.array = table["max_fds"], table["fd"]
         file = self.objects.struct("file")
+        self.size = self.objects.struct("inode")["i_size"]
         self.flags, self.position, self.inode = file["f_flags"], file["f_pos"], file["f_inode"]
 
     def files(self, task: int) -> list[tuple[int, int]]:
@@ -84,6 +89,22 @@ class Descriptors:
         except FaultError:
             objects.skipped["file"] += 1
         return OpenDescriptor(number, file, path, flags, position, inode)
+
+    def info(self, number: int, file: int) -> OpenFileInfo:
+        """One descriptor as the engine's record."""
+        objects, one = self.objects, self.describe(number, file)
+        kind = inode = device = size = None
+        try:
+            if one.inode:
+                mode = objects.value(one.inode, self.paths.mode) & FILE_TYPE
+                kind = KINDS.get(mode, "anonymous")
+                device, inode = self.paths.device_and_number(one.inode)
+                size = objects.value(one.inode, self.size) if kind in ("file", "directory") else None
+        except FaultError:
+            objects.skipped["file"] += 1
+        if one.path is not None and one.path.startswith("anon_inode:"):
+            kind = "anonymous"
+        return OpenFileInfo(number, one.path, kind, one.flags, one.position, inode, device, size)
 
     def folder(self, task: int, name: str) -> str | None:
         """The path of a task's `pwd` or `root`; None where it has none, or it cannot be read."""

@@ -17,7 +17,7 @@ from engine.errors import (
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
-from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Symbols
+from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Sockets, Symbols
 from engine.oslayers.linux.finding import Found, find_kernel
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.log import PrintkLog
@@ -26,6 +26,7 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
@@ -121,6 +122,11 @@ class LinuxLayer(OsLayer):
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
             found = LinuxSymbols(self.kernel)
+        elif issubclass(Sockets, kind) and self.kernel.profile.types is not None:
+            try:
+                found = LinuxSockets(self.kernel, self.tasks, [record for record, _ in self._list().by_pid.values()])
+            except NotRecognisedError:
+                return None
         return found if isinstance(found, kind) else super().capability(kind)
 
     def pids(self) -> list[int]:

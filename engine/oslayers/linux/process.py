@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.memory import BytesMemory, Memory
-from engine.oslayer import C, PhysicalMaps, Process, ProcFiles
+from engine.oslayer import C, OpenFiles, PhysicalMaps, Process, ProcFiles
+from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
@@ -16,7 +17,7 @@ from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.vmas import regions_of
 from engine.translate.maps import regions
 from engine.translate.virtual import VirtualMemory
-from engine.types import PhysicalMap, ProcessInfo, Region, ThreadInfo
+from engine.types import OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
 NOTHING = BytesMemory(b"")
 """The address space of a kernel thread: it has none of its own."""
@@ -25,7 +26,7 @@ STRINGS_LIMIT = 4 << 20
 DELETED = " (deleted)"
 
 
-class LinuxProcess(Process, PhysicalMaps):
+class LinuxProcess(Process, PhysicalMaps, OpenFiles):
     """One thread group. Over live memory its record is read anew each time it is asked for."""
 
     def __init__(self, kernel: Kernel, tasks: Tasks, record: TaskRecord, sources: tuple[str, ...]) -> None:
@@ -176,6 +177,14 @@ class LinuxProcess(Process, PhysicalMaps):
         """See `PhysicalMaps.physical_maps`."""
         memory = self.memory
         return memory.physical_maps() if isinstance(memory, VirtualMemory) else iter(())
+
+    def open_files(self) -> Iterator[OpenFileInfo]:
+        """See `OpenFiles.open_files`."""
+        try:
+            reader = Descriptors(self.kernel, self.tasks)
+        except NotFoundError:
+            return iter(())
+        return iter([reader.info(number, file) for number, file in reader.files(self.record.address)])
 
     def threads(self) -> Iterator[ThreadInfo]:
         """See `Process.threads`."""

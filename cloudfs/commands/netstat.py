@@ -1,0 +1,53 @@
+"""Lists the sockets that the processes of a target have open."""
+
+from __future__ import annotations
+
+import argparse
+
+from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
+from cloudfs.commands._opening import opened, words_of
+from cloudfs.commands._output import Output
+from cloudfs.render import Column, socket_record
+from engine.errors import UnsupportedError
+from engine.oslayer import Sockets
+
+EXAMPLES = """\
+  cloudfs netstat memory.raw
+  cloudfs netstat memory.raw --json | jq '.[] | select(.state == "LISTEN") | .local'
+"""
+SHAPE = Shape()
+COLUMNS = (
+    Column("family", "FAMILY"),
+    Column("protocol", "PROTOCOL"),
+    Column("kind", "KIND"),
+    Column("state", "STATE"),
+    Column("local", "LOCAL"),
+    Column("remote", "REMOTE"),
+    Column("inode", "INODE", right=True),
+    Column("uid", "UID", right=True),
+    Column("pid", "PID", right=True),
+    Column("descriptor", "FD", right=True),
+)
+
+
+def configure(parser: Parser) -> None:
+    """The words and options of `cloudfs netstat`."""
+    parser.usage = f"cloudfs netstat [OPTIONS] {SHAPE}"
+    add_chain_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the sockets."""
+    words = words_of(arguments, SHAPE)
+    output = Output("netstat", json=arguments.json, no_color=arguments.no_color)
+    with opened(arguments, words) as target:
+        source = target.layer.capability(Sockets)
+        if source is None:
+            advice = "; ss(8) does" if target.layer.info.kind == "native" else ""
+            raise UnsupportedError(f"{target.name} shows no sockets{advice}")
+        rows = [socket_record(socket) for socket in source.sockets()]
+    if output.json:
+        output.document(rows)
+    else:
+        output.table(rows, COLUMNS)
+    return Exit.DONE
