@@ -25,8 +25,8 @@ from engine.types import PageFlags, Rights
 
 EXAMPLES = """\
   cloudfs pagetree -c raw:memory.raw -o raw-dtb:dtb=0x1ad000 kernel
-  cloudfs pagetree guest.lime 4711 --top 20
-  cloudfs pagetree guest.lime kernel --json | jq .tables
+  cloudfs pagetree memory.raw 4711 --top 20
+  cloudfs pagetree memory.raw kernel --json | jq .tables
 """
 SHAPE = Shape(process="required", process_word="SPACE")
 TOP = 10

@@ -23,9 +23,9 @@ from engine.translate.virtual import VirtualMemory
 
 EXAMPLES = """\
   cloudfs translate -c raw:memory.raw -o raw-dtb:dtb=0x1ad000 kernel 0xfffff80000000000
-  cloudfs translate guest.lime 4711 0x7ffd0010,0x7ffd1010
-  cloudfs translate guest.lime kernel --walk 0xffffffff81000000    each entry on the way
-  cloudfs translate guest.lime kernel --reverse 0x1000             who maps this page frame
+  cloudfs translate memory.raw 4711 0x7ffd0010,0x7ffd1010
+  cloudfs translate memory.raw kernel --walk 0xffffffff81000000    each entry on the way
+  cloudfs translate memory.raw kernel --reverse 0x1000             who maps this page frame
 """
 SHAPE = Shape(process="required", rest=("ADDRESS",), process_word="SPACE")
 COLUMNS = (

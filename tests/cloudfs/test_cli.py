@@ -338,8 +338,10 @@ def test_an_example_of_help_works_with_what_is_installed(words, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("memory.raw").write_bytes(bytes(2 << 20))
     done = in_process(*words.split())
-    # 3 and 4: there is no sshd here, or nothing at the address; 1 only where another process may not be read.
-    assert done.returncode in (0, 3, 4) or b"ermi" in done.stderr, done.stderr.decode()
+    # 3 and 4: there is no sshd here, or nothing at the address; 1 only where another process may not be read, or
+    # where the example wants an OS in its image, which is empty here.
+    empty = "memory.raw" in words and b"no OS was recognised" in done.stderr
+    assert done.returncode in (0, 3, 4) or b"ermi" in done.stderr or empty, done.stderr.decode()
 
 
 def test_a_name_that_the_locale_cannot_show_is_escaped():
