@@ -8,6 +8,7 @@ lets one look again where there is nothing to believe.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -28,6 +29,15 @@ _Key = tuple[str, int, int]
 
 def _key(directory: ProcDirectory) -> _Key:
     return directory.path, directory.pid, directory.start_ticks
+
+
+def _wait_for_lock(directory: ProcDirectory) -> None:
+    """Wait until the process's mmap_lock is free: since Linux 6.17 maps is read without it (PER_VMA_LOCK)."""
+    try:
+        with open(directory.open("pagemap"), "rb", buffering=0) as pagemap:
+            os.pread(pagemap.fileno(), 8, 0)  # pagemap_read takes the lock, whatever lies there
+    except (EngineError, OSError):
+        pass
 
 
 class Looks:
@@ -57,6 +67,7 @@ class Looks:
                 devices = mapped_devices(read_lines(maps.fileno()))
         except (EngineError, OSError):
             devices = {}
+        _wait_for_lock(directory)
         answer = may_wait(devices, lambda: directory.read_unchecked("mountinfo"))
         key, now = _key(directory), time.monotonic()
         with self._lock:
