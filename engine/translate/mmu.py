@@ -344,9 +344,14 @@ class Walker:
 
     def _by_rows(self, address: int) -> tuple[int, int] | None:
         """The walk over rows of any kind (addresses in several parts, inverted); None where it finds no page."""
-        table, read, size = self.dtb, self._read, self._size
+        read, size, page = self._read, self._size, address >> self._shift
+        known = self._tables.get(page)
+        table, levels = (self.dtb, self._moved) if known is None else (known, self._moved[-1:])
         try:
-            for shift, index, rows in self._moved:
+            for level in levels:
+                shift, index, rows = level
+                if self.keep and known is None and level is levels[-1]:
+                    self._remember(page, table)
                 entry = read(table + (address >> shift & index) * size)
                 for mask, value, parts, invert, bits in rows:  # noqa: B007  (as in `_quick`)
                     if entry & mask == value and entry:
@@ -384,10 +389,14 @@ class Walker:
             if inside:
                 return table, inside, bits
         if self.keep:
-            if len(self._tables) >= LAST_TABLES:
-                self._tables.clear()
-            self._tables[address >> self._shift] = table
+            self._remember(address >> self._shift, table)
         return table, 0, 0
+
+    def _remember(self, page: int, table: int) -> None:
+        """Note the last table of the addresses that begin with these bits."""
+        if len(self._tables) >= LAST_TABLES:
+            self._tables.clear()
+        self._tables[page] = table
 
     def walk(self, address: int) -> Translation:
         """Where `address` lies.
