@@ -142,23 +142,31 @@ def aarch64(tcr: int, register: Callable[[int], int], high: bool) -> Switch:
     return switch
 
 
-def arm(ttbcr: int, high: bool) -> Switch:
-    """MCR or MCRR TTBR0 and TTBR1, MCR TTBCR, DACR with managers alone, SCTLR with its M bit."""
+def arm(ttbcr: int, high: bool, everything: bool) -> Switch:
+    """MCR TTBCR, MCR or MCRR TTBR0 and TTBR1, MCR DACR, SCTLR with its M bit; `everything`: managers of all domains."""
     wide = ttbcr >> 31
 
     def switch(machine: BareMachine, table: int) -> None:
-        values = {"r0": 0 if high else table, "r1": table if high else 0, "r2": ttbcr, "r4": 0xFFFF_FFFF, "r5": 0}
+        values = {"r0": 0 if high else table, "r1": table if high else 0, "r2": ttbcr, "r3": 0x00C5_0079, "r5": 0}
         roots = [0xEC450F02, 0xEC451F12] if wide else [0xEE020F10, 0xEE021F30]
-        machine.execute([0xEE022F50, *roots, 0xEE034F10, 0xEE013F10], {**values, "r3": 0x00C5_0079})
+        domains = 0xFFFF_FFFF if everything else 0x5555_5555
+        machine.execute([0xEE022F50, *roots, 0xEE034F10, 0xEE013F10], {**values, "r4": domains})
 
     return switch
 
 
-def riscv(mode: int) -> Switch:
-    """satp in supervisor mode, that may read pages of users and pages that are only executed (SUM, MXR)."""
+def riscv(mode: int, everything: bool) -> Switch:
+    """satp in supervisor mode; `everything`: it may read pages of users and what is only executed (SUM, MXR)."""
 
     def switch(machine: BareMachine, table: int) -> None:
-        for name, value in (("mstatus", 0xC0000), ("satp", mode | table >> 12), ("priv", 1)):
+        status = 0xC0000 if everything else 0
+        for name, value in (("mstatus", status), ("satp", mode | table >> 12), ("priv", 1)):
             machine.debugger.write(name, value)
 
     return switch
+
+
+def become_user(machine: BareMachine, kind: str) -> None:
+    """Go to EL0, user mode, U: the next answers are those to a load of a user."""
+    name, value = {"arm64": ("cpsr", 0), "armhf": ("cpsr", 0x10)}.get(kind, ("priv", 0))
+    machine.debugger.write(name, value)
