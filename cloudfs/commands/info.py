@@ -8,7 +8,7 @@ from typing import Any
 from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
 from cloudfs.commands._opening import Opened, opened, process_of, words_of
 from cloudfs.commands._output import Output
-from cloudfs.render import connector_record, info_text, os_record, process_record
+from cloudfs.render import connector_record, info_text, os_record, process_count, process_record
 from engine.errors import AccessDeniedError
 from engine.oslayer import Process
 
@@ -56,7 +56,7 @@ def _target_record(target: Opened) -> dict[str, Any]:
     return {
         "target": target.name,
         "connector": None if connector is None else connector_record(connector.connector.info),
-        "os": os_record(instance.layer.info, len(instance.pids())) if has_os else None,
+        "os": os_record(instance.layer.info, process_count(instance)) if has_os else None,
         "problem": None if has_os else instance.last_error,
     }
 

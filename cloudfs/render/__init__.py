@@ -35,6 +35,7 @@ from cloudfs.render.records import module_record as module_record
 from cloudfs.render.records import open_file_record as open_file_record
 from cloudfs.render.records import os_record as os_record
 from cloudfs.render.records import plugin_record as plugin_record
+from cloudfs.render.records import process_count as process_count
 from cloudfs.render.records import process_record as process_record
 from cloudfs.render.records import region_record as region_record
 from cloudfs.render.records import section_record as section_record

@@ -7,6 +7,7 @@ from typing import Any
 
 from cloudfs.render.values import address_text, plain, time_text
 from engine.connector import Target
+from engine.errors import NotRecognisedError
 from engine.machine import Instance
 from engine.registry import PluginStatus
 from engine.types import (
@@ -166,6 +167,14 @@ def os_record(info: OsInfo, processes: int | None = None) -> Record:
     }
 
 
+def process_count(instance: Instance) -> int | None:
+    """How many processes an OS layer lists; None where they cannot be listed, as of a kernel without types."""
+    try:
+        return len(instance.pids())
+    except NotRecognisedError:
+        return None
+
+
 def instance_record(instance: Instance) -> Record:
     """An opened connector or OS layer: its own record, its name and place in the chain, what was done with it.
 
@@ -174,7 +183,7 @@ def instance_record(instance: Instance) -> Record:
     if instance.kind == "connector":
         own = connector_record(instance.connector.info)
     else:
-        own = {**os_record(instance.layer.info, len(instance.pids())), "live": instance.live}
+        own = {**os_record(instance.layer.info, process_count(instance)), "live": instance.live}
     record: Record = {"name": instance.name, **own}
     record["spec"] = str(instance.spec)
     record["options"] = dict(instance.spec.options)

@@ -75,6 +75,10 @@ GUESTS = {
 }
 
 
+BTF = ("amd64", "arm64", "riscv64")
+"""Architectures whose Debian kernels carry their types."""
+
+
 def selected(everything: bool) -> list[str]:
     """Names of the guests of a run of the tests."""
     return [guest.name for guest in GUESTS.values() if guest.in_ci or everything]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from guests import recorder
-from guests.catalogue import GUESTS, selected
+from guests.catalogue import BTF, GUESTS, selected
 from guests.kernels import GuestError, MissingError, provide
 from guests.recording import Recording
 from support import require
@@ -17,6 +17,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recording" in metafunc.fixturenames:
         names = selected(metafunc.config.getoption("--all-guests"))
         metafunc.parametrize("recording", names, indirect=True, scope="session")
+    if "typed" in metafunc.fixturenames:
+        names = [name for name in selected(metafunc.config.getoption("--all-guests"))
+                 if GUESTS[name].architecture in BTF]  # fmt: skip
+        metafunc.parametrize("typed", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -46,4 +50,10 @@ def guest(request: pytest.FixtureRequest) -> Callable[[str], Recording]:
 @pytest.fixture(scope="session")
 def recording(request: pytest.FixtureRequest, guest: Callable[[str], Recording]) -> Recording:
     """Each guest of this run in turn."""
+    return guest(request.param)
+
+
+@pytest.fixture(scope="session")
+def typed(request: pytest.FixtureRequest, guest: Callable[[str], Recording]) -> Recording:
+    """Each guest of this run whose kernel carries its types, in turn."""
     return guest(request.param)

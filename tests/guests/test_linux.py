@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+from guests.catalogue import BTF
 from guests.recording import Recording
 
 from cloudfs.render import log_lines, maps_line
@@ -12,9 +13,6 @@ from engine.errors import EngineError
 from engine.file_memory import FileMemory
 from engine.oslayer import Base, KernelLog, OpenFiles, ProcFiles, Sockets, Symbols
 from engine.oslayers.linux import LinuxLayer
-
-BTF = ("amd64", "arm64", "riscv64")
-"""Architectures whose Debian kernels carry their types."""
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +36,9 @@ def layer(recording, layers):
 
 
 @pytest.fixture
-def with_types(recording, layer):
-    if recording.guest.architecture not in BTF:
-        pytest.skip("the kernels of this architecture carry no types: see test_linux_shape")  # not a missing tool
-    return layer
+def with_types(typed, layers):
+    """The layer of a guest whose kernel carries its types."""
+    return layers(typed)
 
 
 def test_the_kernel_is_found_with_its_release_and_page_tables(recording, layer):
@@ -70,28 +67,28 @@ def test_physical_memory_lies_where_the_machine_has_it(recording, layer):
                 assert memory.read(start + at, 8) == image.read(8), hex(start + at)
 
 
-def test_all_processes_are_listed(recording, with_types):
-    truth = recording.truth
+def test_all_processes_are_listed(typed, with_types):
+    truth = typed.truth
     listed = set(with_types.pids())
     assert set(truth.pids) <= listed
     assert len(listed - set(truth.pids)) <= 2  # what began after the guest had listed its own
 
 
-def test_names_states_and_numbers_equal_the_guest_s_own(recording, with_types):
-    for pid in recording.truth.pids:
+def test_names_states_and_numbers_equal_the_guest_s_own(typed, with_types):
+    for pid in typed.truth.pids:
         info = with_types.process(pid).info
-        status = dict(line.split(":\t", 1) for line in recording.truth.text(f"/proc/{pid}/status").splitlines())
+        status = dict(line.split(":\t", 1) for line in typed.truth.text(f"/proc/{pid}/status").splitlines())
         name = status["Name"]
         assert name == info.name or info.kernel_thread, pid
         assert int(status["PPid"]) == info.ppid
         assert [info.uid, info.gid] == [int(status[key].split()[0]) for key in ("Uid", "Gid")]
         assert int(status["Threads"]) == info.threads
-        stat = recording.truth.text(f"/proc/{pid}/stat").rsplit(")", 1)[1].split()
+        stat = typed.truth.text(f"/proc/{pid}/stat").rsplit(")", 1)[1].split()
         assert abs(int(stat[19]) - (info.start_ticks or 0)) <= 1
 
 
-def test_command_line_environment_and_links_equal_the_guest_s_own(recording, with_types):
-    truth = recording.truth
+def test_command_line_environment_and_links_equal_the_guest_s_own(typed, with_types):
+    truth = typed.truth
     for pid in truth.pids:
         files = with_types.process(pid).capability(ProcFiles)
         assert files is not None
@@ -103,29 +100,39 @@ def test_command_line_environment_and_links_equal_the_guest_s_own(recording, wit
                 assert files.link(name) == truth.text(f"/proc/{pid}/{name}").rstrip("\n"), (pid, name)
 
 
-def test_every_line_of_maps_equals_the_guest_s_own(recording, with_types):
-    for pid in recording.truth.pids:
-        expected = [line.split() for line in recording.truth.text(f"/proc/{pid}/maps").splitlines()]
+def test_every_line_of_maps_equals_the_guest_s_own(typed, with_types):
+    for pid in typed.truth.pids:
+        expected = [line.split() for line in typed.truth.text(f"/proc/{pid}/maps").splitlines()]
         found = [maps_line(region).split() for region in with_types.process(pid).regions()]
         assert found == expected, pid
 
 
-def test_secrets_are_read_back_from_every_kind_of_mapping(recording, with_types):
+def test_secrets_are_read_back_from_every_kind_of_mapping(typed, with_types):
     from guests.truth import secret_text
 
-    truth = recording.truth
+    truth = typed.truth
     memory = with_types.process(truth.keeper).memory
     for name, address in truth.secrets.items():
         assert memory.read(address, 48) == secret_text(name), name
 
 
-def test_kernel_modules_equal_proc_modules(recording, with_types):
-    expected = [line.split() for line in recording.truth.text("/proc/modules").splitlines()]
+def test_kernel_modules_equal_proc_modules(typed, with_types):
+    expected = [line.split() for line in typed.truth.text("/proc/modules").splitlines()]
     try:
         found = [[module.name, str(module.size), f"{module.info.base:#018x}"] for module in with_types.modules()]
     except EngineError as error:
         pytest.fail(str(error))
     assert found == [[row[0], row[1], row[5]] for row in expected]
+
+
+def test_without_types_processes_are_refused_in_one_sentence(recording, layer):
+    """32-bit kernels carry none: that is said, and what needs none still works."""
+    if recording.guest.architecture in BTF:
+        assert layer.pids()
+        return
+    with pytest.raises(EngineError, match="cannot be listed: this kernel carries no types"):
+        layer.pids()
+    assert layer.kernel_memory is not None
 
 
 def test_symbols_equal_kallsyms(recording, layer):
@@ -160,7 +167,7 @@ def _ends(family: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("file", "family"), [("tcp", "inet"), ("tcp6", "inet6"), ("udp", "inet"), ("udp6", "inet6")]
 )
-def test_sockets_equal_proc_net(recording, with_types, file, family):
+def test_sockets_equal_proc_net(typed, with_types, file, family):
     source = with_types.capability(Sockets)
     assert source is not None
     found = {
@@ -168,23 +175,23 @@ def test_sockets_equal_proc_net(recording, with_types, file, family):
         for one in source.sockets()
         if one.family == family and one.protocol == file.rstrip("6")
     }
-    lines = [line.split() for line in recording.truth.text(f"/proc/net/{file}").splitlines()[1:]]
+    lines = [line.split() for line in typed.truth.text(f"/proc/net/{file}").splitlines()[1:]]
     assert {(_ends(family, row[1]), _ends(family, row[2]), int(row[7]), int(row[9])) for row in lines} == found
 
 
-def test_unix_sockets_equal_proc_net(recording, with_types):
+def test_unix_sockets_equal_proc_net(typed, with_types):
     source = with_types.capability(Sockets)
     assert source is not None
     found = {(one.inode, one.local) for one in source.sockets() if one.family == "unix"}
-    lines = [line.split(None, 7) for line in recording.truth.text("/proc/net/unix").splitlines()[1:]]
+    lines = [line.split(None, 7) for line in typed.truth.text("/proc/net/unix").splitlines()[1:]]
     assert {(int(row[6]), row[7].rstrip("\n") if len(row) > 7 else None) for row in lines} == found
 
 
-def test_open_files_equal_the_links_in_fd(recording, with_types):
-    for pid in recording.truth.pids:
-        if f"/proc/{pid}/fd" not in recording.truth:
+def test_open_files_equal_the_links_in_fd(typed, with_types):
+    for pid in typed.truth.pids:
+        if f"/proc/{pid}/fd" not in typed.truth:
             continue
         process = with_types.process(pid).capability(OpenFiles)
         found = {str(one.descriptor): one.path for one in process.open_files()}
-        expected = dict(line.split(" ", 1) for line in recording.truth.text(f"/proc/{pid}/fd").splitlines())
+        expected = dict(line.split(" ", 1) for line in typed.truth.text(f"/proc/{pid}/fd").splitlines())
         assert found == expected, pid

@@ -148,8 +148,8 @@ class LinuxLayer(OsLayer):
     def _list(self) -> _Listing:
         if self._listing is not None:
             return self._listing
-        objects = self.kernel.objects()
-        records = self.tasks.records(objects, list(self.tasks.addresses(objects)))
+        tasks, objects = self.tasks, self.kernel.objects()
+        records = tasks.records(objects, list(tasks.addresses(objects)))
         listing = _Listing({record.pid: (record, (RING,)) for record in records if record.pid})
         if not self._base.live:
             self._listing = listing
