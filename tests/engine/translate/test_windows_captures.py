@@ -62,7 +62,9 @@ class Capture:
 
 
 def capture(name: str) -> Capture:
-    folder = Path(os.environ.get("CLOUDFS_TEST_DATA", "/nonexistent")) / "windows" / name
+    if "CLOUDFS_TEST_DATA" not in os.environ:  # they are nobody's to pass on: an optional look
+        pytest.skip("CLOUDFS_TEST_DATA names no folder with captures of Windows")
+    folder = Path(os.environ["CLOUDFS_TEST_DATA"]) / "windows" / name
     require((folder / "pages.lime").is_file(), f"the Windows capture {name} is not in CLOUDFS_TEST_DATA")
     return Capture(folder)
 
