@@ -10,6 +10,7 @@ from engine.layout import TypeSource
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
+from engine.oslayers.linux.swap import absent_hook
 from engine.translate.mmu import Root
 from engine.translate.virtual import VirtualMemory
 
@@ -44,7 +45,8 @@ class Kernel:
         """
         dtb = self.found.memory.virt_to_phys(pgd)
         root: Root = (self.found.candidate.user, dtb)
-        return VirtualMemory(self.found.physical, [root], keep=not self.live)
+        hook = absent_hook(self.found.machine)
+        return VirtualMemory(self.found.physical, [root], hook, keep=not self.live)
 
     def dtb_of(self, pgd: int) -> int | None:
         """The DTB of an address space; None where it cannot be found."""
