@@ -38,7 +38,8 @@ LIMITS = """\
   `grep -c` and `grep -l` pass over them. Most others read the zeros. Leave the largest out:
   `find regions -size -1G -exec grep -l … {} +`.
 - **mmap.** Live memory cannot be mapped shared (ENODEV): the kernel would show old bytes. A private mapping is a
-  snapshot of the pages when they were first touched. Images that nobody writes to, and those opened with `immutable=yes`, can be mapped.
+  snapshot of the pages when they were first touched.
+  Images that nobody writes to, and those opened with `immutable=yes`, can be mapped.
 - **Names with a colon**: a region of `memfd:x` looks like a host's name to rsync and scp; write `./` before it.
 - **tail -f** follows an image that grows; memory that changes in place is not its matter.
 - **Whole processes**: `cp -r` of a process says EIO for its `mem` and copies the rest; tar and rsync store `mem` empty.
