@@ -84,6 +84,11 @@ class VirtualMemory(Memory):
         """As the memory below."""
         return self.physical.may_block
 
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the memory below: a walk is made of words."""
+        return self.physical.words_are_cheap
+
     def cached(self) -> VirtualMemory:
         """See `Memory.cached`: remembers page tables until it is thrown away."""
         return type(self)(self.physical.cached(), self.roots, self.absent, keep=True)
