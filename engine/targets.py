@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,40 +17,30 @@ from engine import chain, registry
 from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedError
 from engine.file_memory import open_descriptor
 from engine.machine import Instance, Kind, Machine
+from engine.recognition import HEAD_SIZE, Format, recognise
 
 Link = tuple[Kind, chain.Spec]
 
-FOREIGN_FORMATS: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"EMiL", "a LiME image"),
-    (0, b"AVML", "an AVML image"),
-    (0, b"KDUMP   ", "a kdump image"),
-    (0, b"DISKDUMP", "a diskdump image"),
-    (0, b"makedumpfile", "a flattened kdump image"),
-    (0, b"PAGEDUMP", "a Windows crash dump"),
-    (0, b"PAGEDU64", "a Windows crash dump"),
-    (0, b"MDMP", "a Windows minidump"),
-    (0, b"\x7fELF", "an ELF file"),
-    (0, b"\x1f\x8b", "a gzip file"),
-    (0, b"\xfd7zXZ\0", "an xz file"),
-    (0, b"\x28\xb5\x2f\xfd", "a Zstandard file"),
-    (0, b"PK\x03\x04", "a ZIP file"),
-    (0, b"QFI\xfb", "a qcow2 disk image"),
-)
-"""(offset, bytes, what it is): files whose bytes are not memory as it stands, and that no connector opens yet."""
-
-
 def image_link(path: str) -> Link:
-    """How to open an image file, by its content. Raises NotRecognisedError for what is no plain memory."""
+    """How to open an image file, by its content. Raises NotRecognisedError for what no connector opens."""
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            head = file.read(64)
+            head = file.read(HEAD_SIZE)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
-    for offset, magic, what in FOREIGN_FORMATS:
-        if head[offset : offset + len(magic)] == magic:
-            as_is = chain.Spec("raw", path)
-            raise NotRecognisedError(f"{path} is {what}, which no installed connector reads; {as_is} shows its bytes")
-    return "connector", chain.Spec("raw", path)
+    found = recognise(head)
+    if found is None:
+        return "connector", chain.Spec("raw", path)
+    if found.connector is None:
+        raise NotRecognisedError(_not_opened(path, found))
+    return "connector", chain.Spec(found.connector, path)
+
+
+def _not_opened(path: str, found: Format) -> str:
+    advice = found.advice.replace("{path}", shlex.quote(path))
+    what_to_do = f"; {advice}" if advice else ""
+    as_is = chain.Spec("raw", path)
+    return f"{path} is {found.what}, which no installed connector reads{what_to_do}; {as_is} shows its bytes"
 
 
 def _open_regular(path: str, flags: int) -> int:
