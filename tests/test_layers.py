@@ -26,6 +26,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.accelerator": ("engine.memory", "engine.compiled"),
     "engine.file_memory": ("engine.accelerator", "engine.memory", "engine.middleware", "engine.leases"),
     "engine.memory_map": ("engine.memory",),
+    "engine.block_memory": ("engine.memory",),
     "engine.middleware": ("engine.memory",),
     "engine.formats": (),
     "engine.formats.elf": ("engine.formats.elf.*",),
@@ -47,7 +48,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.connector": ("engine.oslayer",),
     "engine.connectors": (),
     "engine.connectors.*": (
-        "engine.connector", "engine.file_memory", "engine.formats.*", "engine.middleware", "engine.numbers",
+        "engine.connector", "engine.file_memory", "engine.block_memory", "engine.formats.*", "engine.middleware",
+        "engine.numbers",
     ),
     "engine.oslayers": (),
     "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),
