@@ -45,6 +45,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.translate.virtual": ("engine.translate.maps",),
     "engine.translate.*": ("engine.translate.mmu",),
     "engine.oslayer": ("engine.memory_map", "engine.leases"),
+    "engine.elf_modules": ("engine.oslayer", "engine.formats.*"),
     "engine.connector": ("engine.oslayer",),
     "engine.connectors": (),
     "engine.connectors.*": (
@@ -55,12 +56,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),
     "engine.oslayers.linux": ("engine.oslayers.linux.*",),
     "engine.oslayers.linux.*": (
-        "engine.oslayer", "engine.formats.*", "engine.layout", "engine.translate.*", "engine.numbers",
-        "engine.oslayers.linux.*",
+        "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.layout", "engine.translate.*",
+        "engine.numbers", "engine.oslayers.linux.*",
     ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (
-        "engine.oslayer", "engine.formats.*", "engine.mounts", "engine.file_memory", "engine.oslayers.native.*",
+        "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.mounts", "engine.file_memory",
+        "engine.oslayers.native.*",
     ),
     "engine.registry": ("engine.connector", "engine.oslayer"),
     "engine.chain": ("engine.errors",),

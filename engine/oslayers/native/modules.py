@@ -12,34 +12,19 @@ import os
 import platform
 import re
 import stat
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
-from engine.errors import (
-    AccessDeniedError,
-    EngineError,
-    FaultError,
-    InvalidArgumentError,
-    NotFoundError,
-    NotRecognisedError,
-)
+from engine.elf_modules import MappedImage, executable_first
+from engine.errors import AccessDeniedError, InvalidArgumentError, NotFoundError
 from engine.file_memory import FileMemory
-from engine.formats.elf import VDSO, Elf, ElfFile, ElfImage, LoadedImage, build_id_of, loaded_images, mapped_images
-from engine.memory import Memory
+from engine.formats.elf import build_id_of, loaded_images, mapped_images
 from engine.oslayer import Module, Process, ProcFiles
 from engine.oslayers.native.storage import may_wait, parse_mount_table
-from engine.types import ExportInfo, ImportInfo, ModuleInfo, Region, SectionInfo
+from engine.types import ModuleInfo, Region, SectionInfo
 
-AT_PHDR = 3
-"""Auxiliary vector: address of the executable's program headers (getauxval(3))."""
 _DELETED = " (deleted)"
-_HEADER_SIZE = 52
-"""Bytes that tell whether file and memory are the same image: the ELF header, of 64-bit ones most of it."""
-_UNREADABLE = (FaultError, NotRecognisedError, AccessDeniedError)
-T = TypeVar("T")
 
 
 # -- images of a process -------------------------------------------------------------------------------
@@ -57,106 +42,21 @@ def process_modules(process: Process) -> Iterator[Module]:
         images = loaded_images(process.memory, regions)
     except AccessDeniedError:
         images = mapped_images(regions)
-    executable = _executable_of(process, images)
-    images.sort(key=lambda image: (image is not executable, image.base))
-    return iter([NativeModule(process, image) for image in images])
+    return iter([NativeModule(process, image) for image in executable_first(process, images)])
 
 
-def _executable_of(process: Process, images: list[LoadedImage]) -> LoadedImage | None:
-    """The image that the process was started from."""
-    if not images:
-        return None
-    address = _program_headers(process)
-    for image in images:
-        if image.base <= address < image.stop:
-            return image
-    path = process.info.executable
-    return next((image for image in images if image.region.path.removesuffix(_DELETED) == path), images[0])
-
-
-def _program_headers(process: Process) -> int:
-    """Where the kernel says that the executable's program headers lie; -1 where it does not."""
-    files = process.capability(ProcFiles)
-    try:
-        vector = files.read("auxv") if files is not None else b""
-    except (EngineError, OSError):
-        return -1
-    # Words of the process, not of ours; read as 64 bits, a first type of 32 bits has its value above it.
-    layout = "=QQ" if len(vector) >= 8 and struct.unpack_from("=Q", vector)[0] < 1 << 32 else "=II"
-    size = struct.calcsize(layout)
-    pairs = struct.iter_unpack(layout, vector[: len(vector) // size * size])
-    return next((value for kind, value in pairs if kind == AT_PHDR), -1)
-
-
-class NativeModule(Module):
+class NativeModule(MappedImage):
     """One image in a process of this host, as it was when the modules were listed."""
 
-    def __init__(self, process: Process, image: LoadedImage) -> None:
-        self.process = process
-        self.image = image
-
-    @property
-    def info(self) -> ModuleInfo:
-        """See `Module.info`; reads nothing. `path` is what /proc/PID/maps shows, ` (deleted)` included."""
-        image, path = self.image, self.image.region.path
-        name = path.removesuffix(_DELETED).rpartition("/")[2]
-        return ModuleInfo(name or path, path, image.base, image.size, image.architecture, image.build_id)
-
-    @property
-    def memory(self) -> Memory:
-        """See `Module.memory`."""
-        return self.process.memory.window(self.image.base, self.image.size)
-
-    def elf(self) -> ElfImage:
-        """The image in memory, to be read anew. Raises BadDataError, FaultError, NotRecognisedError."""
-        return ElfImage(self.memory, self.image.base, segments_at=self.image.segments_at)
-
-    def sections(self) -> Iterator[SectionInfo]:
-        """See `Module.sections`. May block: opens the mapped file, in a worker thread therefore only.
-
-        Never a file on FUSE or a network. Where the file cannot be had the segments are given, by what memory
-        says of them: `LOAD#0.r-x`, `DYNAMIC#0`.
-        """
-        base = self.image.base
-        if self.image.region.path == VDSO:
-            found = list(ElfFile(self.memory).section_infos(base))
-        else:
-            found = self._from_file(lambda elf: list(elf.section_infos(base))) or []
-        return iter(found) if found else self.elf().segment_infos(base)
-
-    def exports(self) -> Iterator[ExportInfo]:
-        """See `Module.exports`: from memory; where its tables cannot be read, from the file, which may block."""
-        return iter(self._from_memory(lambda elf: list(elf.exports())))
-
-    def imports(self) -> Iterator[ImportInfo]:
-        """See `Module.imports`: from memory; where its tables cannot be read, from the file, which may block."""
-        return iter(self._from_memory(lambda elf: list(elf.imports())))
-
-    def _from_memory(self, take: Callable[[Elf], T]) -> T:
+    @contextlib.contextmanager
+    def file(self) -> Iterator[FileMemory | None]:
+        """See `MappedImage.file`; never a file on FUSE or a network."""
+        file = _open_mapped_file(self.process, self.image.region)
         try:
-            return take(self.elf())
-        except _UNREADABLE:
-            found = self._from_file(take)
-            if found is None:
-                raise
-            return found
-
-    def _from_file(self, take: Callable[[Elf], T]) -> T | None:
-        """What the mapped file says; None where it cannot be had, or is not what lies in memory."""
-        region, head = self.image.region, self.image.head
-        file = _open_mapped_file(self.process, region)
-        if file is None:
-            return None
-        try:
-            # An image may lie inside of another file, as libraries in an Android package do.
-            memory = file.window(region.offset, max(0, file.size - region.offset)) if region.offset else file
-            if head and memory.read(0, _HEADER_SIZE) != head[:_HEADER_SIZE]:
-                return None
-            return take(ElfFile(memory))
-        except _UNREADABLE:
-            return None
+            yield file
         finally:
-            file.close()
+            if file is not None:
+                file.close()
 
 
 # -- the file behind a mapping -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
+from engine.elf_modules import NARROW
 from engine.errors import ProcessExitedError
 from engine.oslayer import C, HostOwned, Module, Process, ProcFiles
 from engine.oslayers.native.files import NativeFiles
@@ -26,9 +27,6 @@ from engine.oslayers.native.regions import parse_regions
 from engine.types import ProcessInfo, Region, ThreadInfo
 
 TICKS = os.sysconf("SC_CLK_TCK")
-NARROW = {"x86_64": "i386", "aarch64": "arm", "riscv64": "riscv32", "ppc64": "ppc", "ppc64le": "ppcle",
-          "s390x": "s390", "mips64": "mips", "loongarch64": "loongarch32"}
-"""Machine → what its 32-bit programs are written for."""
 _DELETED = " (deleted)"
 
 

@@ -16,6 +16,7 @@ from elf_samples import compiled
 from readelf import Readelf, by_place
 from support import as_nobody
 
+from engine.elf_modules import executable_first
 from engine.errors import AccessDeniedError, ProcessExitedError
 from engine.formats.elf import VDSO, LoadedImage, loaded_images
 from engine.oslayer import ProcFiles
@@ -197,12 +198,12 @@ IMAGES = [
 @pytest.mark.parametrize("bits", [32, 64])
 def test_the_executable_is_the_image_that_holds_the_program_headers_named_by_the_kernel(bits):
     vector = Vector(6, 4096, 3, 0x80040, 9, 0x81000, 0, 0, bits=bits)
-    assert modules._executable_of(vector, IMAGES) is IMAGES[2]
+    assert executable_first(vector, IMAGES)[0] is IMAGES[2]
 
 
 def test_without_program_headers_the_executable_is_known_by_its_path():
-    assert modules._executable_of(Vector(3, 0x1000, 0, 0), IMAGES) is IMAGES[1]
-    assert modules._executable_of(Vector(), IMAGES) is IMAGES[1]
+    assert executable_first(Vector(3, 0x1000, 0, 0), IMAGES)[0] is IMAGES[1]
+    assert executable_first(Vector(), IMAGES)[0] is IMAGES[1]
 
 
 # -- what they hold --------------------------------------------------------------------------------------
