@@ -137,7 +137,7 @@ class BlockMemory(Memory):
         self._length_view = self._lengths.data
         self._runs = _runs(self._starts, self._stops)
         odd = int(np.bitwise_or.reduce(self._starts | self._lengths)) if len(self._starts) else 0
-        self.page_size = page_size if odd % page_size == 0 else 1
+        self.page_size = (odd | page_size) & -(odd | page_size)
 
     @property
     def size(self) -> int:

@@ -313,6 +313,8 @@ def _moved(faults: Faults, addresses: Addresses, real: Addresses) -> Faults:
 
 
 def _granularity(page_size: int, ranges: tuple[MapRange, ...]) -> int:
-    """The page size, or 1 where a range does not begin and stop on pages of target and source."""
-    aligned = all(not (entry.base | entry.length | entry.real_base) % page_size for entry in ranges)
-    return page_size if aligned else 1
+    """The page size, or the power of two that divides where every range begins and stops in target and source."""
+    odd = page_size
+    for entry in ranges:
+        odd |= entry.base | entry.length | entry.real_base
+    return odd & -odd

@@ -39,8 +39,8 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
-    Format(0, b"EMiL", "a LiME image"),
-    Format(0, b"AVML", "an AVML image"),
+    Format(0, b"EMiL", "a LiME image", "lime"),
+    Format(0, b"AVML", "an AVML image", "lime"),
     Format(0, b"KDUMP   ", "a kdump image"),
     Format(0, b"DISKDUMP", "a diskdump image"),
     Format(0, b"makedumpfile", "a flattened kdump image"),

@@ -22,6 +22,7 @@ Kind = Literal["connector", "oslayer"]
 _BUILT_IN: dict[Kind, dict[str, str]] = {
     "connector": {
         "dummy": "engine.connectors.dummy:DummyConnector",
+        "lime": "engine.connectors.lime:LimeConnector",
         "raw": "engine.connectors.raw:RawConnector",
     },
     "oslayer": {

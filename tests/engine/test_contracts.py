@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+from dump_samples import lime_image
 from hand_made_tables import DTB, image
 from support import require
 
@@ -31,6 +32,16 @@ def raw_sample(connector: type[Connector], folder: str, writable: bool) -> tuple
     return opened, Truth(known=[(0x10000, data)], holes=[Extent(0, 0x10000)])
 
 
+def lime_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """Three ranges of LiME, the first of which stops within a page."""
+    ranges = [(0x1000, os.urandom(0x1C00)), (0x10000, os.urandom(3 * 4096)), (1 << 32, os.urandom(4096))]
+    path = os.path.join(folder, "image.lime")
+    with open(path, "wb") as file:
+        file.write(lime_image(ranges))
+    opened = connector.open(path, {}, parent=None, writable=writable)
+    return opened, Truth(known=ranges, holes=[Extent(0, 0x1000), Extent(0x20000, 1 << 20)])
+
+
 def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
     """Pages 0 to 14 of every 16, with the gap of a PC below 4 GiB."""
     opened = connector.open("", {"size": "5G", "seed": "9", "holes": "yes"}, parent=None, writable=writable)
@@ -39,7 +50,7 @@ def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tup
     return opened, Truth(known, [Extent(15 * 4096, 4096), Extent(3 << 30, 1 << 30), Extent(0x1F000, 4096)])
 
 
-CONNECTORS: dict[str, Sample] = {"raw": raw_sample, "dummy": dummy_sample}
+CONNECTORS: dict[str, Sample] = {"raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample}
 
 
 @pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])

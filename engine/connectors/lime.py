@@ -1,0 +1,121 @@
+"""Connector `lime`: images of LiME and of AVML, ranges of physical memory behind headers.
+
+    lime:memory.lime      LiME version 1: the bytes as they are, mapped in place
+    lime:memory.avml      AVML version 2: packed by snappy, unpacked where it is read (needs the library cramjam)
+
+LiME's formats `raw` and `padded` have no headers: those are files for the connector `raw`.
+
+A file that was cut off or damaged opens as far as it is sound, and `info` says where it is not. AVML writes no block
+of 16 MiB that holds nothing but zeros: a gap of whole such blocks behind a whole one reads as zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from engine.block_memory import BlockMemory
+from engine.connector import Connector
+from engine.decoders import decoder
+from engine.errors import InvalidArgumentError, NotRecognisedError
+from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.formats.avml import AvmlBlocks, avml_records
+from engine.formats.lime import AVML, Records, lime_records, version_of
+from engine.leases import Lease
+from engine.memory import Memory
+from engine.memory_map import MappedMemory, MapRange, MemoryMap
+from engine.oslayer import Options, OsLayer
+from engine.types import ConnectorInfo
+from engine.zero_gaps import ZeroGaps
+
+LIVE_STORE = 1
+"""Bytes of unpacked blocks that are kept of a file that may change: one block, for words that follow one another."""
+
+
+class LimeConnector(Connector):
+    """A LiME or AVML image as physical memory."""
+
+    kind = "lime"
+    summary = "an image of LiME or AVML: ranges of physical memory behind headers"
+    options_help = FRESHNESS_HELP
+
+    def __init__(self, file: FileMemory, memory: Memory, memory_map: MemoryMap, notes: tuple[str, ...]) -> None:
+        self._file = file
+        self._memory = memory
+        self._memory_map = memory_map
+        self._notes = notes
+
+    @classmethod
+    def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
+        """Open the file. Raises NotRecognisedError where it holds no sound range, PluginError without the library."""
+        if parent is not None:
+            raise InvalidArgumentError("lime stands on a file of this host, not on an OS layer: leave -c out")
+        if not target:
+            raise InvalidArgumentError("lime wants a file: lime:PATH")
+        file = open_image(target, options, writable=writable)
+        try:
+            packed = version_of(file) == AVML
+            if packed and writable:
+                file.close()
+                file = open_image(target, options, writable=False)
+            records = avml_records(file) if packed else lime_records(file)
+            memory, memory_map = _packed(file, records) if packed else _plain(file, records)
+        except NotRecognisedError as error:
+            file.close()
+            raise NotRecognisedError(f"{target} cannot be opened as a LiME or AVML image: {error}") from None
+        except BaseException:
+            file.close()
+            raise
+        zeros = records.zeros if packed or records.by_avml else ()
+        name = "AVML version 2, packed by snappy" if packed else "LiME version 1"
+        notes = [f"{name}: {len(records.records)} ranges", *records.notes]
+        if zeros:
+            size = sum(gap.size for gap in zeros)
+            notes.append(f"{size >> 20} MiB that AVML left out as blocks of zeros read as zeros")
+            memory = ZeroGaps(memory, zeros)
+        return cls(file, memory, memory_map, tuple(notes))
+
+    @property
+    def memory(self) -> Memory:
+        """See `Connector.memory`."""
+        return self._memory
+
+    @property
+    def memory_map(self) -> MemoryMap:
+        """See `Connector.memory_map`: of packed memory the source is what comes out, at its own addresses."""
+        return self._memory_map
+
+    @property
+    def info(self) -> ConnectorInfo:
+        """See `Connector.info`."""
+        return ConnectorInfo(
+            kind=self.kind,
+            target=self._file.path,
+            size=self._memory.size,
+            real_size=self._memory_map.real_size,
+            live=not self._file.immutable,
+            writable=self._memory.writable,
+            notes=self._notes,
+            freshness=self._file.freshness,
+        )
+
+    @property
+    def lease(self) -> Lease | None:
+        """See `Connector.lease`."""
+        return self._file.lease
+
+    def close(self) -> None:
+        """See `Connector.close`."""
+        self._file.close()
+
+
+def _plain(file: FileMemory, records: Records) -> tuple[Memory, MemoryMap]:
+    ranges = MemoryMap(MapRange(record.start, record.size, record.offset) for record in records.records)
+    return MappedMemory(file, ranges), ranges
+
+
+def _packed(file: FileMemory, records: Records) -> tuple[Memory, MemoryMap]:
+    blocks = AvmlBlocks(file, records.records, decoder("snappy", "lime"))
+    ranges = MemoryMap(MapRange(record.start, record.size, record.start) for record in records.records)
+    store = {} if file.immutable else {"limit": LIVE_STORE}
+    memory = BlockMemory(blocks.starts, blocks.lengths, blocks.decode, may_block=file.may_block, **store)
+    return memory, MemoryMap(ranges.coalesced())
