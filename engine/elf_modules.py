@@ -93,9 +93,11 @@ class MappedImage(Module):
 
         Where the file cannot be had the segments are given, by what memory says of them: `LOAD#0.r-x`, `DYNAMIC#0`.
         """
-        base = self.image.base
-        if self.image.region.path == VDSO:
-            found = list(ElfFile(self.memory).section_infos(base))
+        base, region = self.image.base, self.image.region
+        found: list[SectionInfo] = []
+        if region.path == VDSO:
+            with contextlib.suppress(*_UNREADABLE):  # a short one may have its section headers behind what is mapped
+                found = list(ElfFile(self.process.memory.window(base, region.size)).section_infos(base))
         else:
             found = self._from_file(lambda elf: list(elf.section_infos(base))) or []
         return iter(found) if found else self.elf().segment_infos(base)

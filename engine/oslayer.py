@@ -85,6 +85,14 @@ class Module(ABC):
     def memory(self) -> Memory | None:
         """The module's bytes, addressed from its base; None where its address is not known."""
 
+    @property
+    def cached_file(self) -> Memory | None:
+        """Its file as it is on disk, as far as the target's memory holds it; None where that is not known.
+
+        What is not held is a fault.
+        """
+        return None
+
     def sections(self) -> Iterator[SectionInfo]:
         """Its sections (where a section table is at hand) or loaded segments."""
         return iter(())

@@ -13,7 +13,8 @@ from cloudfs.nodes.files.memory import MemoryFile, Opened
 from cloudfs.nodes.files.text import TextFile, info_file, json_file
 from cloudfs.nodes.kept import KEPT
 from cloudfs.nodes.regions import open_range
-from engine.errors import NotFoundError
+from engine.errors import FaultError, NotFoundError
+from engine.formats.elf.records import MAGIC
 from engine.memory import Memory
 from engine.types import SectionInfo
 
@@ -98,9 +99,18 @@ def mem(module: ModuleContext) -> Node | None:
     )
 
 
+def _cached_file(module: ModuleContext) -> Memory | None:
+    """The module's file, where the target's memory holds at least its header."""
+    file = module.module().cached_file
+    try:
+        return file if file is not None and file.read(0, len(MAGIC)) == MAGIC else None
+    except FaultError:
+        return None
+
+
 @module_entry("image")
 def image(module: ModuleContext) -> Node | None:
-    """Its memory as an ELF file, for readelf -l, objdump, gdb; holes are zeros."""
+    """Its file as the page cache has it, or else its memory as an ELF file; holes are zeros."""
     if not _is_mapped(module):
         return None
 
@@ -111,9 +121,16 @@ def image(module: ModuleContext) -> Node | None:
         return KEPT.get(module.instance, ("image plan", module.key), make_plan)
 
     def opened() -> Opened:
+        file = _cached_file(module)
+        if file is not None:
+            return Opened(file, 0, file.size)
         part = _open_part(module, 0, module.info.size or 0)
         layout = ImageMemory(part.memory.window(part.base, part.size or 0), plan())
         return Opened(layout, 0, layout.size, part.release)
+
+    def size() -> int:
+        file = _cached_file(module)
+        return plan().size if file is None else file.size
 
     return MemoryFile(
         module,
@@ -121,7 +138,7 @@ def image(module: ModuleContext) -> Node | None:
         opened,
         whole=True,
         writable=False,
-        size=lambda: plan().size,
+        size=size,
         immutable=not module.live,
         may_block=True,
     )

@@ -12,7 +12,7 @@ DEPTH_LIMIT = 4096
 NAME_LIMIT = 256
 """NAME_MAX and its NUL."""
 FILE_TYPE = 0xF000
-SOCKET, FIFO, REGULAR = 0xC000, 0x1000, 0x8000
+SOCKET, FIFO, REGULAR, BLOCK = 0xC000, 0x1000, 0x8000, 0x6000
 """S_IFMT and kinds of files (include/uapi/linux/stat.h)."""
 
 
@@ -58,7 +58,7 @@ class Paths:
                 return f"socket:[{self.objects.value(inode, self.number)}]"
             if kind == FIFO:
                 return f"pipe:[{self.objects.value(inode, self.number)}]"
-            if self._file_system(inode) == "anon_inodefs":
+            if self.file_system(inode) == "anon_inodefs":
                 return f"anon_inode:{name}"
             if kind == REGULAR and name != "/":  # simple_dname: memfd, SysV and huge anonymous memory
                 return f"/{name} (deleted)"
@@ -76,7 +76,7 @@ class Paths:
         device = self._devices[block]  # MKDEV: 20 bits of minor (include/linux/kdev_t.h)
         return (device >> 20, device & 0xFFFFF), self.objects.value(inode, self.number)
 
-    def _file_system(self, inode: int) -> str:
+    def file_system(self, inode: int) -> str:
         """The type of the file system of an inode: ext4, tmpfs, sockfs … Raises FaultError."""
         block = self.objects.pointer(inode + self.block.offset)
         if block not in self._types:

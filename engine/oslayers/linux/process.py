@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.memory import BytesMemory, Memory
-from engine.oslayer import C, OpenFiles, PhysicalMaps, Process, ProcFiles
+from engine.oslayer import C, Module, OpenFiles, PhysicalMaps, Process, ProcFiles
 from engine.oslayers.linux.files import Descriptors
+from engine.oslayers.linux.images import process_images
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
-from engine.oslayers.linux.procfiles import LinuxProcFiles
+from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
+from engine.oslayers.linux.spaces import process_space
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.vmas import regions_of
 from engine.translate.maps import regions
@@ -77,7 +80,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles):
             start_ticks=record.start_ticks,
             command_line=self._command_line(record),
             executable=executable,
-            architecture=self.kernel.found.machine,
+            architecture=self._architecture(record),
             kernel_thread=record.kernel_thread,
             dtb=None if pgd is None else self.kernel.dtb_of(pgd),
             object=record.address,
@@ -90,6 +93,18 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles):
             files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
             return files if isinstance(files, kind) else None
         return super().capability(kind)
+
+    def _architecture(self, record: TaskRecord) -> str | None:
+        """What its program is written for: the kernel's machine, or that machine's of 32 bits."""
+        machine = self.kernel.found.machine
+        if not record.mm:
+            return machine
+        try:
+            objects = self.kernel.objects()
+            vector = objects.memory.read(record.mm + objects.struct("mm_struct")["saved_auxv"].offset, 8)
+        except (FaultError, NotFoundError):
+            return None
+        return NARROW.get(machine) if is_narrow(objects, vector) else machine
 
     def _executable(self, record: TaskRecord) -> tuple[str | None, bool | None]:
         """(path of the executable, whether its name was removed); None where there is none, or it cannot be read."""
@@ -155,9 +170,10 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles):
     def memory(self) -> Memory:
         """See `Process.memory`: empty for a kernel thread."""
         if self._memory is None:
-            pgd = self._pgd(self.record)
+            record = self.record
+            pgd = self._pgd(record)
             try:
-                self._memory = NOTHING if pgd is None else self.kernel.space_of(pgd)
+                self._memory = NOTHING if pgd is None else process_space(self.kernel, record.mm, pgd)
             except FaultError:
                 self._memory = NOTHING
         return self._memory
@@ -177,6 +193,10 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles):
         """See `PhysicalMaps.physical_maps`."""
         memory = self.memory
         return memory.physical_maps() if isinstance(memory, VirtualMemory) else iter(())
+
+    def modules(self) -> Iterator[Module]:
+        """See `Process.modules`."""
+        return process_images(self)
 
     def open_files(self) -> Iterator[OpenFileInfo]:
         """See `OpenFiles.open_files`."""

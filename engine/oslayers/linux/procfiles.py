@@ -105,6 +105,8 @@ class LinuxProcFiles(ProcFiles):
         record = Record(self.kernel.objects(), self.tasks, self.record.address)
         if name == "stat":
             return self._stat(record)
+        if name == "auxv":
+            return auxiliary_vector(record.objects, record.number("task", "mm") or 0)
         if name == "status":
             return self._status(record)
         raise NotFoundError(f"a process read from memory has no file {name}")
@@ -246,6 +248,34 @@ class LinuxProcFiles(ProcFiles):
             return record.objects.value(table, layout["max_fds"])
         except FaultError:
             return None
+
+
+def auxiliary_vector(objects: Objects, mm: int) -> bytes:
+    """What the kernel told a program at its start, as /proc/PID/auxv gives it; empty for a kernel thread.
+
+    Pairs of words of the program, up to and with one of type 0 (AT_NULL). Raises NotFoundError.
+    """
+    if not mm:
+        return b""
+    member = objects.struct("mm_struct")["saved_auxv"]
+    try:
+        data = objects.memory.read(mm + member.offset, member.size)
+    except FaultError:
+        raise NotFoundError("the auxiliary vector lies in memory that cannot be read") from None
+    word = 4 if is_narrow(objects, data) else objects.word
+    for at in range(0, len(data) - 2 * word + 1, 2 * word):
+        if not any(data[at : at + word]):
+            return data[: at + 2 * word]
+    return data
+
+
+def is_narrow(objects: Objects, vector: bytes) -> bool:
+    """Whether an auxiliary vector is one of 32-bit words on a kernel of 64 bits.
+
+    As 64 bits its first type, which is small, has the first value beside it.
+    """
+    first = int.from_bytes(vector[:8], "little" if objects.types.order == "<" else "big")
+    return objects.word == 8 and first >> 32 != 0
 
 
 def encoded(text: str) -> bytes:

@@ -54,6 +54,10 @@ class Profile:
         """Keep the address of a symbol that was found by its content."""
         self._known[name] = address
 
+    def known(self, name: str) -> int | None:
+        """What `learn` kept."""
+        return self._known.get(name)
+
     def require(self, *names: str) -> int:
         """Like `symbol`. Raises NotFoundError where none of the names is known."""
         address = self.symbol(*names)

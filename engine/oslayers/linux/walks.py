@@ -9,6 +9,7 @@ Sources: Linux include/linux/{list,xarray,maple_tree,rbtree}.h, lib/{xarray,mapl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,11 +79,14 @@ def hlist(objects: Objects, head: int, link: Field, limit: int = LIST_LIMIT, *, 
         objects.skipped[f"broken {kind}"] += 1
 
 
-def xarray(objects: Objects, head: int, limit: int = TREE_LIMIT) -> Iterator[tuple[int, int, int]]:
+def xarray(
+    objects: Objects, head: int, limit: int = TREE_LIMIT, *, first: int = 0, last: int = (1 << 64) - 1
+) -> Iterator[tuple[int, int, int]]:
     """(index, entry, count) of the `struct xarray` at `head`, ascending: `count` indices share the entry.
 
     Entries with bit 0 set are values (`entry >> 1`), all others pointers. Older trees of that shape (radix_tree_root,
-    idr) are the same by the kernel's own design.
+    idr) are the same by the kernel's own design. Of entries that share nothing with the indices from `first` to
+    `last` none is given, and their nodes are not read.
     """
     node = objects.struct("xa_node")
     slots, shift = node["slots"], node["shift"]
@@ -93,45 +97,61 @@ def xarray(objects: Objects, head: int, limit: int = TREE_LIMIT) -> Iterator[tup
         objects.skipped["broken xarray"] += 1
         return
     if not _is_node(objects, top):
-        if top and top & 3 != XA_NODE:
+        if top and top & 3 != XA_NODE and not first:
             yield 0, top, 1
         return
-    budget = [limit]
-    yield from _xa_node(objects, top - XA_NODE, 0, slots, shift, slot_count, 0, budget)
+    walk = _Xarray(objects, slots, shift, slot_count, first, last, limit)
+    yield from walk.node(top - XA_NODE, 0, 0)
 
 
 def _is_node(objects: Objects, entry: int) -> bool:
     return entry & 3 == XA_NODE and entry > XA_SMALLEST and objects.is_pointer(entry)
 
 
-def _xa_node(
-    objects: Objects, at: int, base: int, slots: Field, shift: Field, count: int, depth: int, budget: list[int]
-) -> Iterator[tuple[int, int, int]]:
-    try:
-        bits = objects.value(at, shift)
-        data = objects.memory.read(at + slots.offset, slots.size)
-    except FaultError:
-        objects.skipped["broken xarray"] += 1
-        return
-    if bits > 60 or depth > DEPTH_LIMIT:
-        objects.skipped["broken xarray"] += 1
-        return
-    entries = np.frombuffer(data, objects.word_type).tolist()
-    for slot, entry in enumerate(entries):
-        if not entry:
-            continue
-        budget[0] -= 1
-        if budget[0] < 0:
+@dataclass(slots=True)
+class _Xarray:
+    """One walk of an xarray."""
+
+    objects: Objects
+    slots: Field
+    shift: Field
+    count: int
+    first: int
+    last: int
+    budget: int
+
+    def node(self, at: int, base: int, depth: int) -> Iterator[tuple[int, int, int]]:
+        """What the node at `at` holds, whose first slot has the index `base`."""
+        objects = self.objects
+        try:
+            bits = objects.value(at, self.shift)
+            data = objects.memory.read(at + self.slots.offset, self.slots.size)
+        except FaultError:
             objects.skipped["broken xarray"] += 1
             return
-        index = base + (slot << bits)
-        if bits and _is_node(objects, entry):
-            yield from _xa_node(objects, entry - XA_NODE, index, slots, shift, count, depth + 1, budget)
-        elif entry & 3 != XA_NODE:
-            siblings = 1  # of a large folio: entries that only name the slot of the first
-            while slot + siblings < len(entries) and entries[slot + siblings] == (slot << 2 | XA_NODE):
-                siblings += 1
-            yield index, entry, siblings << bits
+        if not 0 <= bits <= 60 or depth > DEPTH_LIMIT:
+            objects.skipped["broken xarray"] += 1
+            return
+        entries = np.frombuffer(data, objects.word_type).tolist()
+        for slot, entry in enumerate(entries):
+            if not entry:
+                continue
+            index = base + (slot << bits)
+            if index > self.last:
+                return
+            self.budget -= 1
+            if self.budget < 0:
+                objects.skipped["broken xarray"] += 1
+                return
+            if bits and _is_node(objects, entry):
+                if index + (1 << bits) > self.first:
+                    yield from self.node(entry - XA_NODE, index, depth + 1)
+            elif entry & 3 != XA_NODE:
+                siblings = 1  # of a large folio: entries that only name the slot of the first
+                while slot + siblings < len(entries) and entries[slot + siblings] == (slot << 2 | XA_NODE):
+                    siblings += 1
+                if index + (siblings << bits) > self.first:
+                    yield index, entry, siblings << bits
 
 
 def maple_tree(objects: Objects, tree: int, limit: int = TREE_LIMIT) -> Iterator[int]:

@@ -1,0 +1,252 @@
+"""A process's memory as the process would find it: its page tables, and what they do not map yet.
+
+A page that was never touched is mapped nowhere, and yet it is known what an access would find: zeros in memory of the
+process's own, the file's page where a file is mapped. Linux's own /proc/PID/mem answers so. What went to swap is told
+to be there, and what no access could give stays a fault.
+
+Sources: Linux mm/memory.c (do_anonymous_page, do_read_fault), mm/gup.c; releases 5.10 to 7.x.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from engine.errors import FaultError, FaultKind, NotFoundError
+from engine.memory import Addresses, Faults, Memory, Rows
+from engine.oslayers.linux.cached_files import CachedPages, pages_of
+from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.mappings import Mapping, mappings_of
+from engine.translate.bulk import translate
+from engine.translate.mmu import AbsentHook, Root
+from engine.translate.virtual import VirtualMemory
+from engine.types import Extent
+
+BATCH_PAGES = 4096
+"""Pages that are looked up at a time once a read met one that is not mapped."""
+
+
+class Mappings:
+    """The mappings of one process, for one operation over live memory, else for as long as they are asked for."""
+
+    def __init__(self, kernel: Kernel, mm: int) -> None:
+        self.kernel = kernel
+        self.objects = kernel.objects()
+        try:
+            self.found = mappings_of(kernel, self.objects, mm)
+        except NotFoundError:
+            self.found = []
+        self.starts = [mapping.start for mapping in self.found]
+        self._pages: dict[int, CachedPages | None] = {}
+
+    def at(self, address: int) -> Mapping | None:
+        """The mapping that holds an address."""
+        index = bisect.bisect_right(self.starts, address) - 1
+        return self.found[index] if index >= 0 and address < self.found[index].stop else None
+
+    def pages(self, mapping: Mapping) -> CachedPages | None:
+        """The cached pages of the file that it maps; None where it has none."""
+        if not mapping.has_file_pages:
+            return None
+        if mapping.file not in self._pages:
+            try:
+                self._pages[mapping.file] = pages_of(self.kernel, self.objects, mapping.file)
+            except (FaultError, NotFoundError):
+                self._pages[mapping.file] = None
+        return self._pages[mapping.file]
+
+    @cached_property
+    def own(self) -> tuple[Addresses, Addresses]:
+        """(starts, stops) of memory of the process's own, neighbours joined or not."""
+        rows = [(mapping.start, mapping.stop) for mapping in self.found if mapping.anonymous]
+        column = np.array(rows, np.uint64).reshape(-1, 2)
+        return column[:, 0].copy(), column[:, 1].copy()
+
+
+class ProcessSpace(VirtualMemory):
+    """The user half of a process's address space."""
+
+    def __init__(
+        self,
+        physical: Memory,
+        roots: Sequence[Root],
+        absent: AbsentHook | None = None,
+        *,
+        keep: bool = False,
+        kernel: Kernel,
+        mm: int,
+    ) -> None:
+        super().__init__(physical, roots, absent, keep=keep)
+        self.kernel = kernel
+        self.mm = mm
+        self._mappings: Mappings | None = None
+
+    def cached(self) -> ProcessSpace:
+        """See `Memory.cached`."""
+        return ProcessSpace(
+            self.physical.cached(), self.roots, self.absent, keep=True, kernel=self.kernel, mm=self.mm
+        )
+
+    def mappings(self) -> Mappings:
+        """What is mapped."""
+        if self._mappings is not None:
+            return self._mappings
+        found = Mappings(self.kernel, self.mm)
+        if self.keep:
+            self._mappings = found
+        return found
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`. Raises PagedOutError, with where it is, for a page in swap."""
+        try:
+            super().readinto(address, buffer)
+        except FaultError as error:
+            if error.kind not in (FaultKind.ABSENT, FaultKind.PAGED_OUT):
+                raise
+            done = max(0, error.address - address)
+            self._read_on(address + done, buffer[done:], error)
+
+    def _read_on(self, address: int, buffer: memoryview, error: FaultError) -> None:
+        """Read from a page on that is not mapped; `error` is what told so."""
+        mappings, stop, bits = self.mappings(), address + len(buffer), self._step.bit_length() - 1
+        at = address
+        while at < stop:
+            first = at >> bits
+            count = min(BATCH_PAGES, (stop - 1 >> bits) - first + 1)
+            starts = (np.arange(count, dtype=np.uint64) + np.uint64(first)) << np.uint64(bits)
+            kinds = translate(self.physical, self.roots, starts, absent=self.absent).kinds
+            begins = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), count]
+            for row, until in pairwise(begins):
+                limit = min(first + until << bits, stop)
+                part = buffer[at - address : limit - address]
+                if kinds[row] == 0:
+                    super().readinto(at, part)
+                elif kinds[row] == FaultKind.ABSENT:
+                    self._read_unmapped(mappings, at, part)
+                else:
+                    raise self._explained(at, error)
+                at = limit
+
+    def _read_unmapped(self, mappings: Mappings, address: int, buffer: memoryview) -> None:
+        """Read pages that no page table names."""
+        at, stop = address, address + len(buffer)
+        while at < stop:
+            mapping = mappings.at(at)
+            if mapping is None:
+                raise FaultError(at)
+            limit = min(mapping.stop, stop)
+            part = buffer[at - address : limit - address]
+            if mapping.anonymous:
+                part[:] = bytes(len(part))
+            else:
+                pages = mappings.pages(mapping)
+                if pages is None:
+                    raise FaultError(at, detail="the page is mapped, but was not brought into memory")
+                offset = at - mapping.start + mapping.offset
+                try:
+                    pages.readinto(offset, part)
+                except FaultError as error:
+                    raise error.moved(at - offset) from None
+            at = limit
+
+    def _explained(self, address: int, error: FaultError) -> FaultError:
+        """The fault at an address that no mapping can help with."""
+        try:
+            self.walk(address)
+        except FaultError as found:
+            return found
+        return error
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`."""
+        faults = super().gather(addresses, out)
+        absent = faults.kinds == FaultKind.ABSENT
+        if not faults or not absent.any():
+            return faults
+        mappings, width = self.mappings(), out.shape[1]
+        starts, stops = mappings.own
+        rows = faults.rows[absent]
+        left = np.ones(len(rows), bool)
+        if len(starts):
+            first = addresses[rows]
+            place = np.maximum(np.searchsorted(starts, first, "right").astype(np.intp) - 1, 0)
+            inside = (faults.addresses[absent] == first) & self._split(first, width)
+            inside &= (first >= starts[place]) & (first < stops[place])
+            out[rows[inside]] = 0
+            left = ~inside
+        flat, still = out.data.cast("B"), dict(zip(faults.rows.tolist(), range(len(faults)), strict=True))
+        again: list[tuple[int, int, int]] = []
+        for row in rows[~left].tolist():
+            del still[row]
+        for row in rows[left].tolist():
+            address = int(addresses[row])
+            try:
+                self.readinto(address, flat[row * width : (row + 1) * width])
+            except FaultError as error:
+                out[row, max(0, error.address - address) :] = 0
+                again.append((row, error.address, int(error.kind)))
+            del still[row]
+        kept = [(row, int(faults.addresses[at]), int(faults.kinds[at])) for row, at in still.items()]
+        return Faults.of(sorted(again + kept))
+
+    def u8(self, address: int) -> int:
+        """See `Memory.u8`."""
+        try:
+            return super().u8(address)
+        except FaultError:
+            return Memory.u8(self, address)
+
+    def u32(self, address: int) -> int:
+        """See `Memory.u32`."""
+        try:
+            return super().u32(address)
+        except FaultError:
+            return Memory.u32(self, address)
+
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        try:
+            return super().u64(address)
+        except FaultError:
+            return Memory.u64(self, address)
+
+    # -- where data is ------------------------------------------------------------------------------------
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`: what is mapped, and what the page cache holds of mapped files."""
+        until = self.size if stop is None else min(stop, self.size)
+        both = heapq.merge(super().extents(start, until), self._cached_extents(start, until))
+        pending: Extent | None = None
+        for extent in both:
+            if pending is not None and extent.start <= pending.stop:
+                pending = Extent(pending.start, max(pending.stop, extent.stop) - pending.start)
+                continue
+            if pending is not None:
+                yield pending
+            pending = extent
+        if pending is not None:
+            yield pending
+
+    def _cached_extents(self, start: int, stop: int) -> Iterator[Extent]:
+        mappings = self.mappings()
+        for mapping in mappings.found:
+            low, high = max(mapping.start, start), min(mapping.stop, stop)
+            pages = mappings.pages(mapping) if low < high else None
+            if pages is None:
+                continue
+            moved = mapping.start - mapping.offset
+            for extent in pages.extents(low - moved, high - moved):
+                yield Extent(extent.start + moved, extent.size)
+
+
+def process_space(kernel: Kernel, mm: int, pgd: int) -> ProcessSpace:
+    """The memory of the process whose mm lies at `mm`, its top page table at `pgd`. Raises FaultError."""
+    space = kernel.space_of(pgd)
+    return ProcessSpace(space.physical, space.roots, space.absent, keep=space.keep, kernel=kernel, mm=mm)
