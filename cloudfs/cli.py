@@ -148,6 +148,8 @@ def _run(name: str | None, words: list[str], loaded: Callable[[], None]) -> int:
         put(parser.format_help() if arguments.help else _version())
         return Exit.DONE
     configure_logging(arguments.verbose, arguments.log_file)
+    if getattr(arguments, "no_cache", False):  # for the daemon of a mount too
+        os.environ["CLOUDFS_NO_CACHE"] = "1"
     log.debug("cloudfs %s %s", name, words)
     loaded()
     return int(command.run(arguments))

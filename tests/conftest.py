@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -9,6 +11,9 @@ from hypothesis import HealthCheck, settings
 # Unicode then, which its health check takes for a slow strategy.
 settings.register_profile("cloudfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cloudfs")
+
+# What a test reads it reads anew, and it leaves nothing in the user's cache; tests of the cache turn it on.
+os.environ["CLOUDFS_NO_CACHE"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.memory": ("engine.types", "engine.errors", "engine.padding"),
     "engine.leases": ("engine.mounts",),
     "engine.cache_folder": (),
+    "engine.kept_columns": ("engine.cache_folder",),
     "engine.compiled": ("engine.cache_folder",),
     "engine.accelerator": ("engine.memory", "engine.compiled"),
     "engine.file_memory": ("engine.accelerator", "engine.memory", "engine.middleware", "engine.leases"),
@@ -62,7 +63,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.linux": ("engine.oslayers.linux.*",),
     "engine.oslayers.linux.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.layout", "engine.translate.*",
-        "engine.numbers", "engine.oslayers.linux.*",
+        "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.oslayers.linux.*",
     ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (

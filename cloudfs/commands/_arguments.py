@@ -90,6 +90,7 @@ def add_chain_options(parser: Parser, *, process: bool = False, os_option: str =
     group.add_argument("-f", "--file", metavar="FILE", help="TARGET is an image file, whatever it is called")
     if process:
         group.add_argument("-p", "--process", metavar="PID|NAME", help="the process, by number or by its only name")
+    group.add_argument("--no-cache", action="store_true", help="use and keep nothing of earlier runs: slower to open")
     words = {"-c --connector": "a source of memory", os_option: "the OS layer on it; -c and -o may alternate"}
     for names, text in words.items():
         group.add_argument(*names.split(), action=_Append, dest="chain", default=[], metavar="PLUGIN[:…]", help=text)

@@ -14,17 +14,18 @@ HAVE_ARCH_PREL32_RELOCATIONS, the s32 distance from its own place (include/linux
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import NotFoundError
+from engine.errors import BadDataError, NotFoundError
 from engine.formats.name_column import NameColumn
 from engine.formats.search import chunks, find_all
 from engine.memory import Memory
+from engine.types import Extent
 
 SEEDS = ("iomem_resource", "init_task", "jiffies", "kfree")
 """Exported by every kernel: the table is looked for around their entries."""
@@ -90,6 +91,7 @@ class Ksymtab:
     """The exported symbols of a kernel, in the order of the table. Nothing is made for one before it is asked for."""
 
     def __init__(self, table: _Table, block: bytes, values: npt.NDArray[np.uint64]) -> None:
+        self.table = table
         self.address = table.address
         """Where in the memory the table begins."""
         self.form = table.form
@@ -263,4 +265,32 @@ def _loaded(memory: Memory, table: _Table, base: int, word: int) -> Ksymtab:
     return Ksymtab(table, block, found & np.uint64((1 << 8 * word) - 1))
 
 
-__all__ = ["Export", "Form", "Ksymtab", "load_ksymtab"]
+def kept_form(exports: Ksymtab) -> tuple[list[Extent], dict[str, Any], dict[str, Column]] | None:
+    """What the symbols were made of (extents of the memory), facts and columns, to be kept: nothing that KASLR moves.
+
+    None for a table of whole 64-bit addresses, of which each boot has others.
+    """
+    table = exports.table
+    if table.form is Form.POINTER64:
+        return None
+    low, high = int(table.names.min()), int(table.names.max())
+    facts = {"address": table.address, "form": table.form.value, "fields": table.fields, "order": table.order}
+    return [Extent(table.address, table.size), Extent(low, high - low + 1)], facts, {"names": table.names}
+
+
+def from_kept(
+    memory: Memory, virtual_base: int, word: int, facts: Mapping[str, Any], columns: Mapping[str, Column]
+) -> Ksymtab:
+    """The symbols again, from memory that holds the very same table; `word` is the size of an address.
+
+    Raises BadDataError where that cannot be.
+    """
+    names = columns["names"].astype(np.int64, copy=False)
+    table = _Table(int(facts["address"]), Form(facts["form"]), int(facts["fields"]), str(facts["order"]), names)
+    inside = len(names) and names.min() >= 0 and names.max() < memory.size and names.max() - names.min() <= NAMES_LIMIT
+    if not inside or table.fields not in (2, 3) or not 0 <= table.address <= memory.size - table.size:
+        raise BadDataError(table.address, detail="a kept table of exported symbols does not fit this memory")
+    return _loaded(memory, table, virtual_base, word)
+
+
+__all__ = ["Export", "Form", "Ksymtab", "from_kept", "kept_form", "load_ksymtab"]

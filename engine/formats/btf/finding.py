@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import BadDataError, FaultError, NotFoundError, NotRecognisedError
 from engine.formats.btf.records import HEADER_SIZE, Header, parse_header
@@ -23,6 +23,8 @@ class Candidate:
 
     address: int
     header: Header
+    damaged: bool = False
+    """Of what `load_btf` gave: whether its `check` raises."""
 
 
 def find_btf(memory: Memory, start: int = 0, stop: int | None = None, *, alignment: int = 4) -> Iterator[Candidate]:
@@ -55,7 +57,7 @@ def load_btf(
                 if not _has(btf, member):
                     reasons.append(f"at {candidate.address:#x}: no {member}")
                     continue
-                damaged = damaged or (btf, candidate)
+                damaged = damaged or (btf, replace(candidate, damaged=True))
                 btf.check()
             except BadDataError as error:
                 reasons.append(f"at {candidate.address:#x}: {error}")

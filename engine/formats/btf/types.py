@@ -55,10 +55,18 @@ class Btf(TypeSource):
     cannot be; `check` says whether all of the blob is sound.
     """
 
-    def __init__(self, data: bytes | memoryview, base: Btf | None = None, *, pointer_size: int | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        base: Btf | None = None,
+        *,
+        pointer_size: int | None = None,
+        starts: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         """Index the types of `data`: the whole blob; bytes behind it are not looked at.
 
-        `pointer_size` is found from the size of `long` where it is not given.
+        `pointer_size` is found from the size of `long` where it is not given. `starts` is the index of the very same
+        bytes (`index`), kept from before.
         Raises NotRecognisedError where it is no BTF, BadDataError where it is cut or its types cannot be told apart.
         """
         self.header: Header = parse_header(bytes(data[:24]))
@@ -77,7 +85,7 @@ class Btf(TypeSource):
         if base is not None and base.order != self.order:
             raise BadDataError(0, detail="split BTF and its base differ in byte order")
         try:
-            self._starts = type_starts(self._words)
+            self._starts = type_starts(self._words) if starts is None else starts
         except BadDataError as error:
             raise BadDataError(error.address + self.header.types[0], detail=error.detail) from None
         self.first: int = base.count if base is not None else 1
@@ -90,6 +98,11 @@ class Btf(TypeSource):
         self._layouts: dict[int, StructLayout] = {}
         self._named: dict[str, StructLayout | None] = {}
         self.pointer_size = pointer_size or (base.pointer_size if base is not None else self._long_size())
+
+    @property
+    def index(self) -> npt.NDArray[np.int32]:
+        """Where each type begins, in words: to be kept, see `starts`."""
+        return self._starts
 
     def check(self) -> None:
         """Look at every type, member and name. Raises BadDataError, with an offset in the blob, for what cannot be."""

@@ -50,6 +50,8 @@ class Candidate:
     damaged: bool
     """Whether some do not ascend with the others, or lie on wiped pages; `sound` tells which."""
     lost: npt.NDArray[np.bool_]
+    base_address: int | None = None
+    """Where the base stands; None where there is none."""
 
     @property
     def rank(self) -> tuple[bool, bool, bool]:
@@ -76,7 +78,7 @@ def candidates(memory: Memory, tables: Tables, virtual_base: int, word_size: int
     for word in sizes if word_size is None else (word_size,):
         for address, base_address in _places(tables, word):
             for mode in AddressMode:
-                found = _read(memory, tables, mode, address, base_address, word, virtual_base)
+                found = read_addresses(memory, tables, mode, address, base_address, word, virtual_base)
                 if found is not None:
                     yield found
 
@@ -96,10 +98,10 @@ def _places(tables: Tables, word: int) -> Iterator[tuple[int, int | None]]:
         yield stop - size, None
 
 
-def _read(
+def read_addresses(
     memory: Memory, tables: Tables, mode: AddressMode, address: int, base_address: int | None, word: int, virtual: int
 ) -> Candidate | None:
-    """The addresses read in that way; None where they cannot be right."""
+    """The addresses at `address`, read in that way; None where they cannot be right."""
     relative = mode in (AddressMode.RELATIVE, AddressMode.PER_CPU)
     entry = word if mode is AddressMode.ABSOLUTE else 4
     if address < 0 or (relative and base_address is None):
@@ -121,7 +123,7 @@ def _read(
     if descents > DAMAGE_SHARE * tables.count:
         return None
     lost = _lost_pages(raw, address, entry)
-    return Candidate(mode, address, word, base, addresses, bool(descents or lost.any()), lost)
+    return Candidate(mode, address, word, base, addresses, bool(descents or lost.any()), lost, base_address)
 
 
 def _lost_pages(raw: bytes, address: int, entry: int) -> npt.NDArray[np.bool_]:

@@ -43,6 +43,12 @@ class Starts:
     count: int
     """Symbols of the table, those that are hidden among them."""
 
+    @staticmethod
+    def forgotten(count: int) -> Starts:
+        """Of a sound table whose names are written out already: nobody looks at its rows again."""
+        nothing = np.empty(0, np.int64)
+        return Starts(nothing, np.arange(count), nothing.astype(np.bool_), (), 0, count)
+
 
 def symbol_starts(data: Bytes, markers: Array, count: int) -> Starts:
     """Where each of `count` symbols begins in the compressed names.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ from engine.memory import Memory
 
 REQUIRED_SHARE = 0.75
 """Of the addresses known beforehand so many must come out: some in VMCOREINFO are values, and names repeat."""
+
+ALIAS_LIMIT = 256
+"""Names of one address that are looked at; kernels have a few dozen of some."""
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class Kallsyms:
         self.tables = tables
         self.mode: AddressMode = read.mode
         self.word_size = read.word_size
+        self.places = (read.address, read.base_address)
+        """Where the addresses stand in the memory, and where their base does."""
         addresses = read.addresses[tables.starts.numbers]
         if cleaned and read.damaged:
             sound = read.sound()[tables.starts.numbers]
@@ -79,6 +86,14 @@ class Kallsyms:
                 return found[0]
         return None
 
+    def has(self, name: str, address: int) -> bool:
+        """Whether a symbol of that name lies at that address: many times as fast as `find`."""
+        if not 0 <= address < 1 << 64:
+            return False
+        wanted = name.encode("utf-8", "surrogateescape")
+        low, high = (int(np.searchsorted(self.addresses, np.uint64(address), side)) for side in _SIDES)
+        return any(self._names.bytes_at(row) == wanted for row in range(low, min(high, low + ALIAS_LIMIT)))
+
     def at(self, address: int) -> Symbol | None:
         """The symbol at or below an address, of several at one place the first; None where all lie above."""
         if not 0 <= address < 1 << 64:
@@ -87,6 +102,11 @@ class Kallsyms:
         if row < 0:
             return None
         return self.symbol(int(np.searchsorted(self.addresses, self.addresses[row], "left")))
+
+    @property
+    def written_out(self) -> tuple[bytes, npt.NDArray[np.int32]]:
+        """All names in one block, NUL-terminated, and where each begins there, at its letter."""
+        return self._block, self._begins
 
     @cached_property
     def has_data(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Self
 
 from engine.errors import (
@@ -17,6 +18,7 @@ from engine.errors import (
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
+from engine.middleware import truth
 from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Sockets, Symbols
 from engine.oslayers.linux.finding import Found, find_kernel
 from engine.oslayers.linux.kernel import Kernel
@@ -48,6 +50,7 @@ class LinuxLayer(OsLayer):
 
     kind = "linux"
     summary = "Linux from its own memory: no symbols, no profile to be given"
+    options_help = MappingProxyType({"cache": "no: neither use nor keep what was read of this kernel build before"})
 
     def __init__(self, base: Base, kernel: Kernel) -> None:
         self._base = base
@@ -62,7 +65,7 @@ class LinuxLayer(OsLayer):
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
         texts = list(_hinted(base)) + find_vmcoreinfo(base.memory)
         found = find_kernel(base.memory, texts, keep=not base.live)
-        profile = read_profile(found)
+        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")))
         profile.found = with_true_layout(base.memory, profile)
         return cls(base, Kernel(profile.found, profile, base.live))
 

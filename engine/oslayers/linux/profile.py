@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.errors import EngineError, NotFoundError
-from engine.formats.btf import Btf, load_btf
+from engine.formats.btf import Btf, Candidate, load_btf
 from engine.formats.kallsyms import Kallsyms, load_kallsyms
 from engine.formats.ksymtab import Ksymtab, load_ksymtab
 from engine.layout import TypeSource
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
+from engine.oslayers.linux.profile_cache import Parts, built_without_types, keep, recall
+from engine.types import Extent
 
 
 @dataclass(slots=True)
@@ -73,10 +75,29 @@ class Profile:
         return f"{symbol.name}+{address - symbol.address:#x}" if address != symbol.address else symbol.name
 
 
-def read_profile(found: Found) -> Profile:
-    """The profile of a kernel that was found. What is not there, or damaged, is noted."""
+def read_profile(found: Found, *, cache: bool = False) -> Profile:
+    """The profile of a kernel that was found. What is not there, or damaged, is noted.
+
+    With `cache` it is taken from the user's cache folder where this very kernel was read before, and kept there.
+    """
     image = found.memory.window(found.image.start, found.image.size)
     profile = Profile(found, None, None)
+    parts = recall(found, image, profile.word) if cache else None
+    if parts is not None:
+        profile.kallsyms, profile.exports, profile.types = parts.symbols, parts.exports, parts.types
+        profile.notes += parts.notes
+        return profile
+    place = _read(profile, image)
+    if cache and (place is None or not place.damaged):
+        extent = None if place is None else Extent(place.address, place.header.size)
+        btf = profile.types if isinstance(profile.types, Btf) else None
+        keep(found, image, Parts(profile.kallsyms, profile.exports, btf, extent, profile.notes))
+    return profile
+
+
+def _read(profile: Profile, image: Memory) -> Candidate | None:
+    """Read what the kernel carries, and give the place of its types in the image."""
+    found = profile.found
     try:
         profile.kallsyms = load_kallsyms(image, found.image.start, references=found.vmcoreinfo.symbols)
     except EngineError as error:
@@ -86,23 +107,23 @@ def read_profile(found: Found) -> Profile:
             profile.exports = load_ksymtab(image, found.image.start, word_size=profile.word)
         except EngineError as error:
             profile.notes.append(f"no exported symbols: {error}")
-    profile.types = _types(profile, image)
-    return profile
-
-
-def _types(profile: Profile, image: Memory) -> Btf | None:
-    """BTF lies where __start_BTF says, or is searched for."""
-    base = profile.found.image.start
-    start, stop = profile.symbol("__start_BTF"), profile.symbol("__stop_BTF")
     try:
-        if start is not None and stop is not None and base <= start < stop <= base + image.size:
-            try:
-                return load_btf(image, start - base, stop - base)[0]
-            except NotFoundError:
-                pass
-        if profile.word == 4 and profile.kallsyms is not None and profile.kallsyms.first("btf_vmlinux") is None:
-            raise NotFoundError("the kernel was built without BTF")
-        return load_btf(image)[0]
+        profile.types, place = _types(profile, image)
     except EngineError as error:
         profile.notes.append(f"no types: {error}")
         return None
+    return place
+
+
+def _types(profile: Profile, image: Memory) -> tuple[Btf, Candidate]:
+    """BTF lies where __start_BTF says, or is searched for; `Candidate.address` is that in the image."""
+    base = profile.found.image.start
+    start, stop = profile.symbol("__start_BTF"), profile.symbol("__stop_BTF")
+    if start is not None and stop is not None and base <= start < stop <= base + image.size:
+        try:
+            return load_btf(image, start - base, stop - base)
+        except NotFoundError:
+            pass
+    if profile.kallsyms is not None and built_without_types(profile.kallsyms):
+        raise NotFoundError("the kernel was built without BTF")
+    return load_btf(image)
