@@ -29,8 +29,8 @@ _WHERE = {
         "UnsupportedError UnusableTargetError"
     ),
     "engine.types": (
-        "ConnectorInfo ExportInfo Extent ImportInfo LogRecord ModuleInfo OpenFileInfo OsInfo PageFlags PhysicalMap "
-        "ProcessInfo Region Rights SectionInfo SocketInfo SymbolInfo TargetHints ThreadInfo"
+        "CachedFileInfo ConnectorInfo ExportInfo Extent ImportInfo LogRecord ModuleInfo OpenFileInfo OsInfo PageFlags "
+        "PhysicalMap ProcessInfo Region Rights SectionInfo SocketInfo SymbolInfo TargetHints ThreadInfo"
     ),
     "engine.memory": "BytesMemory Faults Memory MemoryWindow",
     "engine.file_memory": "FileMemory",
@@ -38,7 +38,8 @@ _WHERE = {
     "engine.translate.virtual": "VirtualMemory",
     "engine.connector": "Connector Target",
     "engine.oslayer": (
-        "Base HostOwned KernelLog Module OpenFiles OsLayer PhysicalMaps ProcFiles Process Sockets Symbols"
+        "Base CachedFiles HostOwned KernelLog Module OpenFiles OsLayer PhysicalMaps ProcFiles Process Sockets Symbols "
+        "ThreadRegisters"
     ),
     "engine.machine": "Instance Machine",
     "engine.targets": "open_target",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from engine.memory_map import MapRange as MapRange
     from engine.memory_map import MemoryMap as MemoryMap
     from engine.oslayer import Base as Base
+    from engine.oslayer import CachedFiles as CachedFiles
     from engine.oslayer import HostOwned as HostOwned
     from engine.oslayer import KernelLog as KernelLog
     from engine.oslayer import Module as Module
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from engine.oslayer import ProcFiles as ProcFiles
     from engine.oslayer import Sockets as Sockets
     from engine.oslayer import Symbols as Symbols
+    from engine.oslayer import ThreadRegisters as ThreadRegisters
     from engine.targets import open_target as open_target
     from engine.translate.virtual import VirtualMemory as VirtualMemory
     from engine.types import *  # noqa: F403

@@ -25,6 +25,7 @@ from engine.errors import NotFoundError
 from engine.leases import Lease
 from engine.memory import Memory
 from engine.types import (
+    CachedFileInfo,
     ExportInfo,
     ImportInfo,
     LogRecord,
@@ -253,6 +254,29 @@ class OpenFiles(ABC):
     @abstractmethod
     def open_files(self) -> Iterator[OpenFileInfo]:
         """Its open descriptors, ascending. Raises ProcessExitedError."""
+
+
+class CachedFiles(ABC):
+    """Of a Process: the contents of files that it has open or mapped, as far as the target's memory holds them."""
+
+    @abstractmethod
+    def cached_files(self) -> Iterator[CachedFileInfo]:
+        """Those that it has open, by descriptor, then those that it only maps. Raises ProcessExitedError."""
+
+    @abstractmethod
+    def cached_file(self, name: str) -> Memory:
+        """The contents of one, by its `CachedFileInfo.name`; what is not held is a fault. Raises NotFoundError."""
+
+
+class ThreadRegisters(ABC):
+    """Of a Process: the registers of its threads, as they were when each entered the kernel."""
+
+    @abstractmethod
+    def registers(self, tid: int) -> Mapping[str, int]:
+        """Registers of user mode by the names that gdb uses.
+
+        Raises NotFoundError where there is no such thread, or memory does not have them (it was running).
+        """
 
 
 class KernelLog(ABC):

@@ -281,6 +281,17 @@ class OpenFileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedFileInfo:
+    """A file that a process has open or mapped, of which the target's memory may hold pages."""
+
+    name: str
+    """The number of a descriptor, or `START-STOP` in hexadecimal of the first mapping, as in /proc/PID/map_files."""
+    path: str | None
+    size: int
+    """Bytes of the file, whether they are in memory or not."""
+
+
+@dataclass(frozen=True, slots=True)
 class SymbolInfo:
     """One symbol of a kernel."""
 

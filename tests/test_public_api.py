@@ -11,7 +11,8 @@ import pytest
 import engine
 
 FACE = {
-    "AccessDeniedError", "AlreadyExistsError", "BadDataError", "Base", "BytesMemory", "Connector",
+    "AccessDeniedError", "AlreadyExistsError", "BadDataError", "Base", "BytesMemory", "CachedFileInfo",
+    "CachedFiles", "Connector",
     "ConnectorClosedError", "ConnectorInfo", "EngineError", "ExportInfo", "Extent", "FaultError", "FaultKind",
     "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "KernelLog", "LogRecord",
     "Machine", "MapRange", "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo",
@@ -19,8 +20,8 @@ FACE = {
     "PagedOutError", "PhysicalMap", "PhysicalMaps", "PluginError", "ProcFiles", "Process", "ProcessExitedError",
     "ProcessInfo", "ReadOnlyError", "ReadOnlyFaultError", "Region", "Rights", "SectionInfo", "SocketInfo",
     "Sockets", "SourceFaultError", "SymbolInfo", "Symbols", "Target", "TargetBusyError", "TargetGoneError",
-    "TargetHints", "TargetTimeoutError", "ThreadInfo", "UnsupportedError", "UnusableTargetError", "VirtualMemory",
-    "open_target",
+    "TargetHints", "TargetTimeoutError", "ThreadInfo", "ThreadRegisters", "UnsupportedError", "UnusableTargetError",
+    "VirtualMemory", "open_target",
 }  # fmt: skip
 
 

@@ -5,5 +5,7 @@ the directory (all stand in `contexts`, an example in `cloudfs.entries`), and na
 or, in a package of your own, in an entry point of the group `cloudfs.nodes`.
 """
 
-ENTRY_MODULES = ("connectors", "oslayers", "kernel_files", "net", "process", "phys_maps", "procfs", "modules")
+ENTRY_MODULES = (
+    "connectors", "oslayers", "kernel_files", "net", "process", "phys_maps", "procfs", "contents", "threads", "modules",
+)  # fmt: skip
 """Modules here that register entries, in the order in which listings show them."""

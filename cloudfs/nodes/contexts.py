@@ -303,4 +303,7 @@ connector_entry: Entries[InstanceContext] = Entries("a connector's directory")
 os_entry: Entries[InstanceContext] = Entries("an OS's directory")
 process_entry: Entries[ProcessContext] = Entries("a process's directory")
 thread_entry: Entries[ThreadContext] = Entries("a thread's directory")
+"""Below task/, as in /proc."""
+thread_facts_entry: Entries[ThreadContext] = Entries("a thread's directory of facts")
+"""Below threads/: what /proc does not have."""
 module_entry: Entries[ModuleContext] = Entries("a module's directory")

@@ -110,7 +110,7 @@ def _cached_file(module: ModuleContext) -> Memory | None:
 
 @module_entry("image")
 def image(module: ModuleContext) -> Node | None:
-    """Its file as the page cache has it, or else its memory as an ELF file; holes are zeros."""
+    """Its file from the page cache, else its memory as an ELF file; holes are zeros."""
     if not _is_mapped(module):
         return None
 

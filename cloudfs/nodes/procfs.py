@@ -194,16 +194,18 @@ class DescriptorsDirectory(ContextDirectory[ProcessContext]):
 @process_entry("task")
 def task(process: ProcessContext) -> Node | None:
     """Its threads."""
-    return None if process.capability(ProcFiles) is None else ThreadsDirectory(process)
+    return None if process.capability(ProcFiles) is None else ThreadsDirectory(process, "task", thread_entry)
 
 
 class ThreadsDirectory(ContextDirectory[ProcessContext]):
     """The threads of a process."""
 
-    __slots__ = ()
+    __slots__ = ("_entries", "_name")
 
-    def __init__(self, process: ProcessContext) -> None:
-        super().__init__(process, "task", may_block=True)
+    def __init__(self, process: ProcessContext, name: str, entries: Entries[ThreadContext]) -> None:
+        super().__init__(process, name, may_block=True)
+        self._name = name
+        self._entries = entries
 
     def _found(self) -> dict[int, ThreadInfo]:
         process = self.context
@@ -216,7 +218,7 @@ class ThreadsDirectory(ContextDirectory[ProcessContext]):
 
     def _directory(self, thread: ThreadInfo) -> Node:
         context = ThreadContext.of(self.context, thread.tid, thread.start_ticks)
-        return EntryDirectory(context, "task", thread_entry)
+        return EntryDirectory(context, self._name, self._entries)
 
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`."""

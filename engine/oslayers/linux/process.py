@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.memory import BytesMemory, Memory
-from engine.oslayer import C, Module, OpenFiles, PhysicalMaps, Process, ProcFiles
+from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
+from engine.oslayers.linux.contents import Contents
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.images import process_images
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
 from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
+from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.vmas import regions_of
 from engine.translate.maps import regions
 from engine.translate.virtual import VirtualMemory
-from engine.types import OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
+from engine.types import CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
 NOTHING = BytesMemory(b"")
 """The address space of a kernel thread: it has none of its own."""
@@ -29,7 +31,7 @@ STRINGS_LIMIT = 4 << 20
 DELETED = " (deleted)"
 
 
-class LinuxProcess(Process, PhysicalMaps, OpenFiles):
+class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegisters):
     """One thread group. Over live memory its record is read anew each time it is asked for."""
 
     def __init__(self, kernel: Kernel, tasks: Tasks, record: TaskRecord, sources: tuple[str, ...]) -> None:
@@ -205,6 +207,30 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles):
         except NotFoundError:
             return iter(())
         return iter([reader.info(number, file) for number, file in reader.files(self.record.address)])
+
+    def cached_files(self) -> Iterator[CachedFileInfo]:
+        """See `CachedFiles.cached_files`."""
+        try:
+            return iter(list(Contents(self.kernel, self.tasks, self.record).infos()))
+        except NotFoundError:
+            return iter(())
+
+    def cached_file(self, name: str) -> Memory:
+        """See `CachedFiles.cached_file`."""
+        return Contents(self.kernel, self.tasks, self.record).file(name)
+
+    def registers(self, tid: int) -> Mapping[str, int]:
+        """See `ThreadRegisters.registers`."""
+        frames = Frames(self.kernel, self.tasks)
+        objects = frames.objects
+        found = self.tasks.records(objects, self.tasks.threads(objects, self.record.address))
+        task = next((one.address for one in found if one.pid == tid), None)
+        if task is None:
+            raise NotFoundError(f"process {self.record.pid} has no thread {tid}")
+        try:
+            return frames.registers(task)
+        except FaultError as error:
+            raise NotFoundError(f"the registers of thread {tid} cannot be read: {error}") from None
 
     def threads(self) -> Iterator[ThreadInfo]:
         """See `Process.threads`."""

@@ -54,7 +54,8 @@ def test_readme_is_one_screen_and_names_every_entry(native):
 
 def test_every_entry_says_in_one_line_what_it_is():
     for entries in (contexts.root_entry, contexts.connector_entry, contexts.os_entry, contexts.process_entry,
-                    contexts.module_entry, contexts.thread_entry):  # fmt: skip
+                    contexts.module_entry, contexts.thread_entry,
+                    contexts.thread_facts_entry):  # fmt: skip
         for name, summary in entries.describe():
             assert summary.endswith("."), f"{entries.what}: {name}"
 
