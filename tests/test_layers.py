@@ -19,6 +19,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.errors": (),
     "engine.mounts": (),
     "engine.numbers": ("engine.errors",),
+    "engine.containers": (),
     "engine.padding": ("engine.types", "engine.errors"),
     "engine.memory": ("engine.types", "engine.errors", "engine.padding"),
     "engine.leases": ("engine.mounts",),
@@ -63,7 +64,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.linux": ("engine.oslayers.linux.*",),
     "engine.oslayers.linux.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.layout", "engine.translate.*",
-        "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.oslayers.linux.*",
+        "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.containers", "engine.oslayers.linux.*",
     ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (

@@ -50,7 +50,7 @@ class Descriptors:
         self.paths = Paths(self.objects)
         table, files = self.objects.struct("fdtable"), self.objects.struct("files_struct")
         self.table_of = files["fdt"]
-        self.most, self.array = table["max_fds"], table["fd"]
+        self.most, self.array, self.closing = table["max_fds"], table["fd"], table["close_on_exec"]
         file = self.objects.struct("file")
         self.size = self.objects.struct("inode")["i_size"]
         self.flags, self.position, self.inode = file["f_flags"], file["f_pos"], file["f_inode"]
@@ -71,6 +71,13 @@ class Descriptors:
         pointers = np.frombuffer(data, objects.word_type)
         numbers = np.flatnonzero(pointers).tolist()
         return [(number, int(pointers[number])) for number in numbers if objects.is_pointer(int(pointers[number]))]
+
+    def closes_on_exec(self, task: int, number: int) -> bool:
+        """Whether a descriptor is closed when its process runs another program. Raises FaultError."""
+        objects = self.objects
+        table = objects.pointer(objects.pointer(task + self.task["files"].offset) + self.table_of.offset)
+        bits = objects.pointer(table + self.closing.offset)
+        return bool(objects.memory.u8(bits + number // 8) >> number % 8 & 1)
 
     def of(self, task: int) -> Iterator[OpenDescriptor]:
         """Every open descriptor of a task, ascending."""

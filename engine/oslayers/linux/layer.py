@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Self
 
@@ -22,6 +22,7 @@ from engine.middleware import truth
 from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Sockets, Symbols
 from engine.oslayers.linux.finding import Found, find_kernel
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.listing import Listed, PidNumbers, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
 from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
@@ -30,19 +31,9 @@ from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
-from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.tasks import Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
-
-RING, NUMBERS = "task ring", "pid numbers"
-"""Where a process may be found: in the list of tasks, in the table of PIDs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """All processes as of one moment."""
-
-    by_pid: Mapping[int, tuple[TaskRecord, tuple[str, ...]]]
 
 
 class LinuxLayer(OsLayer):
@@ -56,7 +47,8 @@ class LinuxLayer(OsLayer):
         self._base = base
         self.kernel = kernel
         self._tasks: Tasks | None = None
-        self._listing: _Listing | None = None
+        self._numbers: PidNumbers | None = None
+        self._listing: Mapping[int, Listed] | None = None
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
@@ -74,7 +66,9 @@ class LinuxLayer(OsLayer):
         """Reads tasks. Raises NotRecognisedError where this kernel does not carry what that needs."""
         if self._tasks is None:
             try:
-                self._tasks = Tasks(self.kernel.profile, self.kernel.objects())
+                objects = self.kernel.objects()
+                self._tasks = Tasks(self.kernel.profile, objects)
+                self._numbers = pid_numbers(self._tasks, objects)
             except NotFoundError as error:
                 raise NotRecognisedError(
                     f"the processes of this Linux {self.kernel.found.release} cannot be listed: {error}"
@@ -127,33 +121,31 @@ class LinuxLayer(OsLayer):
             found = LinuxSymbols(self.kernel)
         elif issubclass(Sockets, kind) and self.kernel.profile.types is not None:
             try:
-                found = LinuxSockets(self.kernel, self.tasks, [record for record, _ in self._list().by_pid.values()])
+                found = LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
             except NotRecognisedError:
                 return None
         return found if isinstance(found, kind) else super().capability(kind)
 
     def pids(self) -> list[int]:
         """See `OsLayer.pids`: without the idle task, which has no number that a user sees."""
-        return sorted(self._list().by_pid)
+        return sorted(self._list())
 
     def process(self, pid: int) -> Process:
         """See `OsLayer.process`."""
-        found = self._list().by_pid.get(pid)
+        found = self._list().get(pid)
         if found is None:
             raise ProcessExitedError(pid)
-        return LinuxProcess(self.kernel, self.tasks, *found)
+        return LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
 
     def processes(self) -> Iterator[Process]:
         """See `OsLayer.processes`: all as of one listing."""
-        for _, found in sorted(self._list().by_pid.items()):
-            yield LinuxProcess(self.kernel, self.tasks, *found)
+        for _, found in sorted(self._list().items()):
+            yield LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
 
-    def _list(self) -> _Listing:
+    def _list(self) -> Mapping[int, Listed]:
         if self._listing is not None:
             return self._listing
-        tasks, objects = self.tasks, self.kernel.objects()
-        records = tasks.records(objects, list(tasks.addresses(objects)))
-        listing = _Listing({record.pid: (record, (RING,)) for record in records if record.pid})
+        listing = list_processes(self.tasks, self.kernel.objects, self._numbers, live=self._base.live)
         if not self._base.live:
             self._listing = listing
         return listing

@@ -53,7 +53,7 @@ class Paths:
         dentry = self.objects.pointer(file + self.file_path + self.path_dentry.offset)
         if inode and dentry and self.objects.pointer(dentry + self.parent.offset) == dentry:
             kind = self.objects.value(inode, self.mode) & FILE_TYPE
-            name = self._name(dentry)
+            name = self.component(dentry)
             if kind == SOCKET:
                 return f"socket:[{self.objects.value(inode, self.number)}]"
             if kind == FIFO:
@@ -113,7 +113,7 @@ class Paths:
                     break
                 dentry, mount = objects.pointer(mount + self.mountpoint.offset), above
                 continue
-            names.append(self._name(dentry))
+            names.append(self.component(dentry))
             dentry = parent
             if not objects.is_pointer(dentry):
                 raise FaultError(dentry)
@@ -121,7 +121,8 @@ class Paths:
         self._folders[start] = path
         return path
 
-    def _name(self, dentry: int) -> str:
+    def component(self, dentry: int) -> str:
+        """The name of a dentry in its directory. Raises FaultError."""
         length = min(self.objects.value(dentry, self.length), NAME_LIMIT)
         text = self.objects.pointer(dentry + self.name.offset)
         return decoded(self.objects.memory.read(text, length))

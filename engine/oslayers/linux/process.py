@@ -9,6 +9,7 @@ from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.memory import BytesMemory, Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
+from engine.oslayers.linux.cgroups import cgroups_of, container_in, main_path
 from engine.oslayers.linux.contents import Contents
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.images import process_images
@@ -59,7 +60,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     @property
     def name(self) -> str:
         """See `Process.name`."""
-        return self.record.comm
+        return self.record.name
 
     @property
     def info(self) -> ProcessInfo:
@@ -71,9 +72,12 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         pgd = self._pgd(record)
         executable, deleted = self._executable(record)
         extra["executable_deleted"] = deleted
+        groups = cgroups_of(self.kernel.objects(), self.tasks, record.address, record.flags)
+        extra["cgroup"] = None if groups is None else main_path(groups)
+        extra["container"] = None if groups is None else container_in(groups)
         return ProcessInfo(
             record.pid,
-            record.comm,
+            record.name,
             ppid=record.ppid,
             state=record.state,
             uid=record.uid,
@@ -237,4 +241,4 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         objects = self.kernel.objects()
         found = self.tasks.records(objects, self.tasks.threads(objects, self.record.address))
         for one in sorted(found, key=lambda record: record.pid):
-            yield ThreadInfo(one.pid, one.comm, one.state, one.start_ticks)
+            yield ThreadInfo(one.pid, one.name, one.state, one.start_ticks)

@@ -1,10 +1,10 @@
 """A process's files in the formats of /proc/PID, made from the kernel's records.
 
-What the kernel counts elsewhere than in its records of the process (page faults of ended threads, resident pages
-kept per CPU) is as its records have it; a number that is not known is 0 in `stat`, which has no word for that, and
-its line is left out of `status`.
+What the kernel counts elsewhere than in its records of the process is as its records have it; a number that is not
+known is 0 in `stat`, which has no word for that, and its line is left out of `status`.
 
-Sources: Linux fs/proc/array.c, fs/proc/base.c, Documentation/filesystems/proc.rst; releases 5.10 to 7.x.
+Sources: Linux fs/proc/{array,base,fd}.c, kernel/user_namespace.c, include/linux/task_io_accounting.h,
+Documentation/filesystems/proc.rst; releases 5.10 to 7.x.
 """
 
 from __future__ import annotations
@@ -12,64 +12,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
-from engine.layout import Field, StructLayout
 from engine.oslayer import ProcFiles
+from engine.oslayers.linux.cgroups import cgroups_of
+from engine.oslayers.linux.fields import Fields
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.mounts import Mount, MountTable
 from engine.oslayers.linux.objects import Objects
-from engine.oslayers.linux.tasks import TICKS, TaskRecord, Tasks
+from engine.oslayers.linux.percpu import per_cpu
+from engine.oslayers.linux.procstat import stat_text, statm_text
+from engine.oslayers.linux.procstatus import Status, limits_text
+from engine.oslayers.linux.tasks import TaskRecord, Tasks
 
-STATE_NAMES = {
-    "R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "tracing stop", "X": "dead",
-    "Z": "zombie", "P": "parked", "I": "idle",
-}  # fmt: skip
-PROCESS_GROUP, SESSION = 2, 3
-"""PIDTYPE_PGID and PIDTYPE_SID of include/linux/pid_types.h."""
-_CAPABILITIES = {"CapInh": "cap_inheritable", "CapPrm": "cap_permitted", "CapEff": "cap_effective",
-                 "CapBnd": "cap_bset", "CapAmb": "cap_ambient"}  # fmt: skip
-
-
-class Record:
-    """Numbers out of one task, its signal_struct, its mm and its credentials; what cannot be read is None."""
-
-    def __init__(self, objects: Objects, tasks: Tasks, task: int) -> None:
-        self.objects = objects
-        self.task = task
-        layout = tasks.task
-        self._places: dict[str, tuple[int, StructLayout]] = {"task": (task, layout)}
-        for name, member, kind in (
-            ("signal", "signal", "signal_struct"), ("mm", "mm", "mm_struct"), ("cred", "real_cred", "cred"),
-            ("hand", "sighand", "sighand_struct"), ("files", "files", "files_struct"), ("fs", "fs", "fs_struct"),
-        ):  # fmt: skip
-            struct = objects.types.struct(kind)
-            try:
-                at = objects.pointer(task + layout[member].offset)
-            except (FaultError, NotFoundError):
-                continue
-            if struct is not None and objects.is_pointer(at):
-                self._places[name] = at, struct
-
-    def number(self, place: str, *paths: str) -> int | None:
-        """A number in the task (`task`), its signal_struct (`signal`) …, by the first of the paths that exists."""
-        at, layout = self._places.get(place, (0, None))
-        member: Field | None = layout.get(*paths) if layout is not None else None
-        if member is None:
-            return None
-        try:
-            return self.objects.value(at, member)
-        except FaultError:
-            return None
-
-    def pid_of_kind(self, kind: int) -> int | None:
-        """The number of the process group or session, in the outermost namespace."""
-        pointer = self.number("signal", f"pids[{kind}]")
-        layout = self.objects.types.struct("pid")
-        if not pointer or layout is None or not self.objects.is_pointer(pointer):
-            return None
-        try:
-            return self.objects.value(pointer, layout["numbers[0].nr"])
-        except (FaultError, NotFoundError):
-            return None
+NAMES = ("auxv", "cgroup", "cmdline", "comm", "environ", "gid_map", "io", "limits", "mountinfo", "mounts",
+         "oom_score_adj", "stat", "statm", "status", "uid_map")  # fmt: skip
+_COUNTS = ("rchar", "wchar", "syscr", "syscw", "read_bytes", "write_bytes", "cancelled_write_bytes")
+CLOSE_ON_EXEC = 0o2000000
+"""O_CLOEXEC of all architectures but alpha, parisc and sparc (include/uapi/asm-generic/fcntl.h)."""
+EXTENTS_HERE, EXTENTS = 5, 340
+"""UID_GID_MAP_MAX_BASE_EXTENTS and …_MAX_EXTENTS (include/linux/user_namespace.h)."""
+_EXTENT = 12
+"""sizeof(struct uid_gid_extent): first, lower_first, count."""
 
 
 class LinuxProcFiles(ProcFiles):
@@ -82,16 +45,35 @@ class LinuxProcFiles(ProcFiles):
         record: TaskRecord,
         arguments: Callable[[], bytes | None],
         environment: Callable[[], bytes | None],
+        *,
+        whole: bool = True,
     ) -> None:
+        """`whole`: of all threads together; else of the one task alone."""
         self.kernel = kernel
         self.tasks = tasks
         self.record = record
         self._arguments = arguments
         self._environment = environment
+        self._whole = whole
+        self._made: dict[str, Callable[[Objects], bytes]] = {
+            "auxv": lambda objects: auxiliary_vector(objects, record.mm),
+            "cgroup": self._cgroup,
+            "comm": lambda _: encoded(record.name) + b"\n",
+            "gid_map": lambda objects: self._id_map(objects, "gid_map"),
+            "io": self._io,
+            "limits": self._limits,
+            "mountinfo": lambda objects: self._mounts(objects, Mount.mountinfo_line),
+            "mounts": lambda objects: self._mounts(objects, Mount.mounts_line),
+            "oom_score_adj": self._kill_score,
+            "stat": self._stat,
+            "statm": self._statm,
+            "status": self._status,
+            "uid_map": lambda objects: self._id_map(objects, "uid_map"),
+        }
 
     def names(self) -> tuple[str, ...]:
         """See `ProcFiles.names`."""
-        return ("cmdline", "environ", "comm", "stat", "status")
+        return NAMES
 
     def read(self, name: str) -> bytes:
         """See `ProcFiles.read`. Raises NotFoundError where the memory that holds it cannot be read."""
@@ -100,16 +82,15 @@ class LinuxProcFiles(ProcFiles):
             if data is None:
                 raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read")
             return data
-        if name == "comm":
-            return encoded(self.record.comm) + b"\n"
-        record = Record(self.kernel.objects(), self.tasks, self.record.address)
-        if name == "stat":
-            return self._stat(record)
-        if name == "auxv":
-            return auxiliary_vector(record.objects, record.number("task", "mm") or 0)
-        if name == "status":
-            return self._status(record)
-        raise NotFoundError(f"a process read from memory has no file {name}")
+        if name.startswith("fdinfo/") and name[7:].isdigit():
+            return self._descriptor(int(name[7:]))
+        made = self._made.get(name)
+        if made is None:
+            raise NotFoundError(f"a process read from memory has no file {name}")
+        try:
+            return made(self.kernel.objects())
+        except FaultError:
+            raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read") from None
 
     def link(self, name: str) -> str:
         """See `ProcFiles.link`."""
@@ -146,108 +127,92 @@ class LinuxProcFiles(ProcFiles):
         objects = self.kernel.objects()
         for one in self.tasks.records(objects, self.tasks.threads(objects, self.record.address)):
             if one.pid == tid:
-                return LinuxProcFiles(self.kernel, self.tasks, one, self._arguments, self._environment)
+                return LinuxProcFiles(self.kernel, self.tasks, one, self._arguments, self._environment, whole=False)
         raise ProcessExitedError(tid)
 
-    # -- stat ---------------------------------------------------------------------------------------------
+    def _fields(self, objects: Objects) -> Fields:
+        return Fields(objects, self.tasks, self.record.address)
 
-    def _stat(self, record: Record) -> bytes:
-        """/proc/PID/stat: 52 fields in one line (proc(5))."""
-        one = self.record
-        policy = record.number("task", "policy")
-        priority = record.number("task", "prio")
-        nice = record.number("task", "static_prio")
-        pages = record.number("mm", "total_vm")
-        page = 1 << self.kernel.found.candidate.user.page_bits
-        fields: list[int | str | None] = [
-            one.ppid, record.pid_of_kind(PROCESS_GROUP), record.pid_of_kind(SESSION), 0, -1,
-            one.flags, record.number("task", "min_flt"), record.number("signal", "cmin_flt"),
-            record.number("task", "maj_flt"), record.number("signal", "cmaj_flt"),
-            self._ticks(record.number("task", "utime")), self._ticks(record.number("task", "stime")),
-            self._ticks(record.number("signal", "cutime")), self._ticks(record.number("signal", "cstime")),
-            None if priority is None else priority - 100, None if nice is None else nice - 120,
-            one.threads, 0, one.start_ticks, None if pages is None else pages * page, self._resident(record),
-            record.number("signal", "rlim[5].rlim_cur"),
-            record.number("mm", "start_code"), record.number("mm", "end_code"), record.number("mm", "start_stack"),
-            0, 0, record.number("task", "pending.signal.sig[0]"), record.number("task", "blocked.sig[0]"),
-            0, 0, 0, 0, 0, record.number("task", "exit_signal"), record.number("task", "thread_info.cpu", "cpu"),
-            record.number("task", "rt_priority"), policy, 0, 0, 0,
-            record.number("mm", "start_data"), record.number("mm", "end_data"), record.number("mm", "start_brk"),
-            record.number("mm", "arg_start"), record.number("mm", "arg_end"),
-            record.number("mm", "env_start"), record.number("mm", "env_end"), record.number("task", "exit_code"),
-        ]  # fmt: skip
-        text = " ".join(str(value if value is not None else 0) for value in fields)
-        return encoded(f"{one.pid} ({one.comm}) {one.state or '?'} {text}\n")
+    def _threads(self, objects: Objects) -> list[Fields]:
+        """Of each thread of the group; empty where this is one thread's."""
+        if not self._whole:
+            return []
+        return [Fields(objects, self.tasks, task) for task in self.tasks.threads(objects, self.record.address)]
 
-    @staticmethod
-    def _ticks(nanoseconds: int | None) -> int | None:
-        return None if nanoseconds is None else nanoseconds // TICKS
+    @property
+    def _page(self) -> int:
+        return 1 << self.kernel.found.candidate.user.page_bits
 
-    def _resident(self, record: Record) -> int | None:
-        """Pages in memory: files, anonymous and shared ones; kept per CPU since 6.2, their sum in `count`."""
-        total = 0
-        for index in (0, 1, 3):  # MM_FILEPAGES, MM_ANONPAGES, MM_SHMEMPAGES of include/linux/mm_types_task.h
-            count = record.number("mm", f"rss_stat[{index}].count", f"rss_stat.count[{index}].counter")
-            if count is None:
-                return None
-            total += max(0, count)
-        return total
+    def _stat(self, objects: Objects) -> bytes:
+        return encoded(stat_text(self.record, self._fields(objects), self._threads(objects), self._page))
 
-    # -- status -------------------------------------------------------------------------------------------
+    def _statm(self, objects: Objects) -> bytes:
+        return statm_text(self._fields(objects), self._page, per_cpu(self.tasks.profile, objects)).encode()
 
-    def _status(self, record: Record) -> bytes:
-        """/proc/PID/status: what is known of it."""
-        one, lines = self.record, []
+    def _status(self, objects: Objects) -> bytes:
+        counts = per_cpu(self.tasks.profile, objects)
+        return encoded(Status(self.tasks, self.record, self._fields(objects), self._page, counts).text())
 
-        def line(key: str, value: object) -> None:
-            if value is not None:
-                lines.append(f"{key}:\t{value}\n")
+    def _limits(self, objects: Objects) -> bytes:
+        text = limits_text(self._fields(objects), objects.word)
+        if text is None:
+            raise NotFoundError(f"the limits of process {self.record.pid} are not known")
+        return text.encode()
 
-        line("Name", one.comm.replace("\\", "\\\\").replace("\n", "\\n"))
-        umask = record.number("fs", "umask")
-        line("Umask", None if umask is None else f"{umask:#06o}".replace("0o", "", 1).rjust(4, "0"))
-        line("State", f"{one.state} ({STATE_NAMES.get(one.state, 'unknown')})" if one.state else None)
-        line("Tgid", one.tgid)
-        line("Ngid", record.number("task", "numa_group.gid") or 0)
-        line("Pid", one.pid)
-        line("PPid", one.ppid)
-        line("TracerPid", self._tracer(record))
-        for key, prefix in (("Uid", "uid"), ("Gid", "gid")):
-            numbers = [record.number("cred", f"{kind}{prefix}.val") for kind in ("", "e", "s", "fs")]
-            line(key, None if None in numbers else "\t".join(str(number) for number in numbers))
-        line("FDSize", self._table_size(record))
-        line("Threads", one.threads)
-        for key, member in _CAPABILITIES.items():
-            value = record.number("cred", f"{member}.val")
-            if value is None:  # two words of 32 bits before 6.3
-                parts = [record.number("cred", f"{member}.cap[{index}]") for index in (0, 1)]
-                value = None if None in parts else (parts[0] or 0) | (parts[1] or 0) << 32
-            line(key, None if value is None else f"{value:016x}")
-        line("voluntary_ctxt_switches", record.number("task", "nvcsw"))
-        line("nonvoluntary_ctxt_switches", record.number("task", "nivcsw"))
-        return encoded("".join(lines))
+    def _cgroup(self, objects: Objects) -> bytes:
+        found = cgroups_of(objects, self.tasks, self.record.address, self.record.flags)
+        if found is None:
+            raise NotFoundError(f"the cgroups of process {self.record.pid} are not known")
+        return encoded("".join(one.line() for one in found))
 
-    def _tracer(self, record: Record) -> int | None:
-        """The PID of who traces it (PT_PTRACED is bit 0 of `ptrace`)."""
-        traced = record.number("task", "ptrace")
-        parent = record.number("task", "parent")
-        if traced is None:
-            return None
-        if not traced or not parent:
-            return 0
-        try:
-            return record.objects.value(parent, self.tasks.task["tgid"])
-        except FaultError:
-            return None
+    def _mounts(self, objects: Objects, line: Callable[[Mount], str]) -> bytes:
+        return encoded("".join(line(mount) for mount in MountTable(objects, self.tasks).of(self.record.address)))
 
-    def _table_size(self, record: Record) -> int | None:
-        table, layout = record.number("files", "fdt"), record.objects.types.struct("fdtable")
-        if not table or layout is None:
-            return None
-        try:
-            return record.objects.value(table, layout["max_fds"])
-        except FaultError:
-            return None
+    def _kill_score(self, objects: Objects) -> bytes:
+        score = self._fields(objects).number("signal", "oom_score_adj")
+        if score is None:
+            raise NotFoundError(f"the oom_score_adj of process {self.record.pid} is not known")
+        return f"{score}\n".encode()
+
+    def _io(self, objects: Objects) -> bytes:
+        """What it has read and written; of a group the sum over its threads, and what those had that have ended."""
+        fields, threads = self._fields(objects), self._threads(objects)
+        lines = []
+        for name in _COUNTS:
+            counts = [one.number("task", f"ioac.{name}") for one in threads or [fields]]
+            counts += [fields.number("signal", f"ioac.{name}")] if threads else []
+            if None not in counts:
+                lines.append(f"{name}: {sum(count or 0 for count in counts)}\n")
+        return "".join(lines).encode()
+
+    def _id_map(self, objects: Objects, name: str) -> bytes:
+        """How its user namespace's numbers of users or groups follow the outermost one's."""
+        layout, space = objects.struct("user_namespace"), self._fields(objects).number("cred", "user_ns")
+        if not space:
+            raise NotFoundError(f"the user namespace of process {self.record.pid} is not known")
+        count = objects.value(space, layout[f"{name}.nr_extents"])
+        at = space + layout[f"{name}.extent"].offset
+        if count > EXTENTS_HERE:
+            at = objects.pointer(space + layout[f"{name}.forward"].offset)
+        data = objects.memory.read(at, min(count, EXTENTS) * _EXTENT)
+        numbers = [int.from_bytes(data[start : start + 4], "little") for start in range(0, len(data), 4)]
+        rows = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+        return "".join(f"{first:10} {lower:10} {length:10}\n" for first, lower, length in rows).encode()
+
+    def _descriptor(self, number: int) -> bytes:
+        """/proc/PID/fdinfo/N: position, flags, mount and inode; what the kind of file adds to them is left out."""
+        descriptors = Descriptors(self.kernel, self.tasks)
+        file = dict(descriptors.files(self.record.address)).get(number)
+        if file is None:
+            raise NotFoundError(f"process {self.record.pid} has no descriptor {number}")
+        objects, one = descriptors.objects, descriptors.describe(number, file)
+        flags = one.flags or 0
+        if descriptors.closes_on_exec(self.record.address, number):
+            flags |= CLOSE_ON_EXEC
+        mount = objects.pointer(file + descriptors.paths.file_path + descriptors.paths.path_mount.offset)
+        mount_id = objects.value(mount - descriptors.paths.in_mount, objects.struct("mount")["mnt_id"])
+        inode = descriptors.paths.device_and_number(one.inode)[1] if one.inode else 0
+        return f"pos:\t{one.position or 0}\nflags:\t0{flags:o}\nmnt_id:\t{mount_id}\nino:\t{inode}\n".encode()
 
 
 def auxiliary_vector(objects: Objects, mm: int) -> bytes:

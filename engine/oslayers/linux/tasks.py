@@ -5,7 +5,7 @@ Sources: Linux include/linux/sched.h, sched/signal.h, cred.h, pid.h, fs/proc/arr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from engine.errors import FaultError, NotFoundError
 from engine.layout import Field
 from engine.memory import Addresses
+from engine.oslayers.linux.names import KernelThreadNames
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
-from engine.oslayers.linux.walks import ring
+from engine.oslayers.linux.walks import settled_ring
 
 TASK_LIMIT = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
@@ -57,6 +58,8 @@ class TaskRecord:
     start_ns: int | None = None
     """Nanoseconds since boot, suspended time included."""
     threads: int | None = None
+    name: str = ""
+    """Its name as /proc shows it: of a kernel thread in full."""
 
     @property
     def kernel_thread(self) -> bool | None:
@@ -80,11 +83,14 @@ class Tasks:
         self.head = profile.require("init_task")
         self.signal = objects.struct("signal_struct")
         self.cred = objects.struct("cred")
+        self.names = KernelThreadNames(objects, self.task)
 
-    def addresses(self, objects: Objects) -> Iterator[int]:
-        """The leaders of all thread groups, the idle task first, in the order in which they began."""
-        yield self.head
-        yield from ring(objects, self.head + self.link.offset, self.link, TASK_LIMIT, kind="task list")
+    def ring(self, objects: Objects) -> tuple[list[int], bool]:
+        """The leaders of all thread groups but the idle task, in the order in which they began; whether none is missed.
+
+        A list that changes while it is walked is walked again; one that stays broken is counted.
+        """
+        return settled_ring(objects, self.head + self.link.offset, self.link, TASK_LIMIT, kind="task list")
 
     def threads(self, objects: Objects, leader: int) -> list[int]:
         """The tasks of a thread group; the leader alone where the list cannot be read."""
@@ -97,7 +103,8 @@ class Tasks:
             return [leader]
         if not objects.is_pointer(signal):
             return [leader]
-        return list(ring(objects, signal + head.offset, node, TASK_LIMIT, kind="thread list")) or [leader]
+        found, _ = settled_ring(objects, signal + head.offset, node, TASK_LIMIT, kind="thread list")
+        return found or [leader]
 
     def records(self, objects: Objects, addresses: list[int]) -> list[TaskRecord]:
         """What the tasks at these addresses say; those whose record cannot be read are counted and left out."""
@@ -127,12 +134,13 @@ class Tasks:
             if not good[row] or comm is None or not 0 <= values["pid"][row] <= TASK_LIMIT:
                 objects.skipped["task"] += 1
                 continue
-            state = values["state"][row]
+            state, flags = values["state"][row], values["flags"][row]
+            name = self.names.of(objects, address, comm, flags) if flags and flags & PF_KTHREAD else comm
             record = TaskRecord(
                 address, values["pid"][row], values["tgid"][row], comm, values["ppid"][row],
                 None if state is None else state_letter(state & 0xFFFF_FFFF, values["exit_state"][row] or 0),
-                values["uid"][row], values["gid"][row], values["flags"][row], values["mm"][row] or 0,
-                values["start"][row], values["threads"][row],
+                values["uid"][row], values["gid"][row], flags, values["mm"][row] or 0,
+                values["start"][row], values["threads"][row], name,
             )  # fmt: skip
             records.append(record)
         return records
@@ -147,14 +155,12 @@ class Tasks:
         ]
 
     def namespaces(self, objects: Objects, address: int) -> Mapping[str, int] | None:
-        """The numbers of a task's namespaces by their names under /proc/PID/ns; None where it has none (left)."""
+        """The numbers of a task's namespaces by their names under /proc/PID/ns; a zombie has but two of them left."""
         found: dict[str, int] = {}
         try:
             proxy = objects.pointer(address + self.task["nsproxy"].offset)
-            if not proxy:
-                return None
             layout = objects.struct("nsproxy")
-            for name in NAMESPACES:
+            for name in NAMESPACES if proxy else ():
                 member = layout.get(f"{name}_ns")
                 if member is not None:
                     found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")

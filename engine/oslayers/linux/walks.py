@@ -44,6 +44,49 @@ def ring(objects: Objects, head: int, link: Field, limit: int = LIST_LIMIT, *, k
         objects.skipped[f"broken {kind}"] += 1
 
 
+WALKS = 3
+"""How often a list is walked that was found broken: over live memory it may have changed meanwhile."""
+
+
+def settled_ring(
+    objects: Objects, head: int, link: Field, limit: int = LIST_LIMIT, *, kind: str = "list"
+) -> tuple[list[int], bool]:
+    """The structures in a ring of `struct list_head`, and whether it closed.
+
+    A ring that does not close is walked from its other end too, and up to three times in all with page tables read
+    anew; then what was met on any walk counts as its members, and the list is counted as broken once.
+    """
+    met: dict[int, None] = {}
+    for _ in range(WALKS):
+        silent = objects.silent() if not met else objects.fresh().silent()
+        found, closed = _walk(silent, head, 0, link, limit)
+        if closed:
+            return found, True
+        met.update(dict.fromkeys(found))
+        backwards, closed = _walk(silent, head, objects.word, link, limit)
+        if closed:
+            return backwards[::-1], True
+        met.update(dict.fromkeys(reversed(backwards)))
+    objects.skipped[f"broken {kind}"] += 1
+    return list(met), False
+
+
+def _walk(objects: Objects, head: int, direction: int, link: Field, limit: int) -> tuple[list[int], bool]:
+    """The members up to where the ring breaks; `direction` is the offset of `next` or of `prev`."""
+    seen: dict[int, None] = {}
+    try:
+        at = objects.pointer(head + direction)
+        while at != head:
+            if not objects.is_pointer(at) or at in seen or len(seen) >= limit:
+                break
+            following = objects.pointer(at + direction)  # what cannot be read is no member
+            seen[at] = None
+            at = following
+    except FaultError:
+        at = 0
+    return [node - link.offset for node in seen], at == head
+
+
 def chain(objects: Objects, first: int, link: Field, limit: int = LIST_LIMIT, *, kind: str = "chain") -> Iterator[int]:
     """Structures chained by a plain pointer in `link`, from the one at `first` on, up to a null pointer.
 

@@ -1,0 +1,60 @@
+"""Recorded guests as opened OS layers: as they are, and over copies in which something was changed."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from collections.abc import Callable
+
+from guests.recording import Recording
+
+from engine.file_memory import FileMemory
+from engine.memory import BytesMemory
+from engine.oslayer import Base
+from engine.oslayers.linux import LinuxLayer
+
+WORD = 8
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(image: str) -> LinuxLayer:
+    return LinuxLayer.open(Base(FileMemory(image, immutable=True)), {})
+
+
+def opened(recording: Recording) -> LinuxLayer:
+    """The layer over a recording's RAM; the last two are kept."""
+    return _opened(str(recording.image))
+
+
+class Copy:
+    """A copy of a recording's RAM, of which only what is changed takes memory."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.original = opened(recording)
+        self._extents = recording.extents
+        self.keeper = recording.truth.keeper
+        with recording.image.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def place(self, address: int) -> int:
+        """Where in the image the byte at an address of the kernel lies."""
+        physical = self.original.kernel.found.memory.virt_to_phys(address)
+        for start, length, offset in self._extents:
+            if start <= physical < start + length:
+                return offset + physical - start
+        raise ValueError(f"no RAM at {physical:#x}")
+
+    def word(self, address: int) -> int:
+        """The word at an address of the kernel."""
+        at = self.place(address)
+        return int.from_bytes(self._bytes[at : at + WORD], "little")
+
+    def set_word(self, address: int, value: int) -> None:
+        """Change a word of the kernel."""
+        at = self.place(address)
+        self._bytes[at : at + WORD] = value.to_bytes(WORD, "little")
+
+    def layer(self, change: Callable[[Copy], None], *, live: bool = False) -> LinuxLayer:
+        """The layer over the copy once it was changed."""
+        change(self)
+        return LinuxLayer.open(Base(BytesMemory(memoryview(self._bytes)), live=live), {})
