@@ -120,7 +120,7 @@ def _address_spaces(kernel: Kernel, tasks: Tasks) -> Iterator[tuple[int, int]]:
     objects = kernel.objects()
     member = objects.struct("mm_struct")["pgd"]
     asked = 0
-    for address in tasks.ring(objects)[0]:
+    for address in tasks.addresses(objects):
         try:
             mm = objects.pointer(address + tasks.task["mm"].offset)
             pgd = objects.pointer(mm + member.offset) if objects.is_pointer(mm) else 0

@@ -92,6 +92,10 @@ class Tasks:
         """
         return settled_ring(objects, self.head + self.link.offset, self.link, TASK_LIMIT, kind="task list")
 
+    def addresses(self, objects: Objects) -> list[int]:
+        """The leaders of all thread groups, the idle task first."""
+        return [self.head, *self.ring(objects)[0]]
+
     def threads(self, objects: Objects, leader: int) -> list[int]:
         """The tasks of a thread group; the leader alone where the list cannot be read."""
         node, head = self.task.get("thread_node"), self.signal.get("thread_head")
