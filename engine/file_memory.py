@@ -127,14 +127,25 @@ class FileMemory(Memory):
     """The bytes of an open file; offset = address.
 
     `immutable` says that nobody will change the file: its size is asked for once. With `leased` it counts as
-    immutable for as long as a read lease is held; there is none on one that is writable. Safe for concurrent readers.
+    immutable for as long as a read lease is held; there is none on one that is writable. `fills_holes` says that holes
+    may be given pages by what gathers from them: the file is a guest's RAM, who may do so at any time. Safe for
+    concurrent readers.
     """
 
-    def __init__(self, path: str, *, writable: bool = False, immutable: bool = False, leased: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        writable: bool = False,
+        immutable: bool = False,
+        leased: bool = False,
+        fills_holes: bool = False,
+    ) -> None:
         """Open the file. Raises UnusableTargetError where it is no file, OSError as open(2)."""
         self.path = path
         self.writable = writable
         self._declared = immutable
+        self._fills_holes = fills_holes
         number = open_descriptor(path, writable=writable)
         self._descriptor: _Descriptor | None = _Descriptor(number)
         self.backing = backing_of_file(number)
@@ -289,13 +300,13 @@ class FileMemory(Memory):
                 yield Extent(data, hole - data)
             start = max(hole, data + 1)
 
-    def _mapped(self, descriptor: _Descriptor, stop: int) -> tuple[memoryview, Rows] | None:
+    def _mapped(self, descriptor: _Descriptor, stop: int, *, fills: bool = False) -> tuple[memoryview, Rows] | None:
         """The mapping, made anew where the file has grown up to `stop`; None where there can be none.
 
-        None too where a file in memory has holes now, as its blocks tell.
+        None too, unless it `fills` them, where a file in memory has holes now, as its blocks tell.
         """
         status = os.fstat(descriptor.number)
-        holes = self.backing is Backing.MEMORY and status.st_blocks * 512 < status.st_size
+        holes = not fills and self.backing is Backing.MEMORY and status.st_blocks * 512 < status.st_size
         if stop > status.st_size or holes or not self._mappable:
             return None
         mapping = self._mapping
@@ -351,12 +362,12 @@ class FileMemory(Memory):
         return self.immutable and self.backing is not Backing.REMOTE
 
     def pieces(self) -> Pieces | None:
-        """See `Memory.pieces`. None of a file on FUSE or a network, nor of one in memory that has holes."""
+        """See `Memory.pieces`. None of a file on FUSE or a network, nor of one in memory whose holes must stay."""
         kept, descriptor = self._handed, self._open()
         if kept is not None and self._declared:
             return kept[2]
         size = self.size if self.backing is not Backing.REMOTE else 0
-        mapping = self._mapped(descriptor, size) if size else None
+        mapping = self._mapped(descriptor, size, fills=self._fills_holes) if size else None
         if mapping is None:
             return None
         if kept is None or kept[0] is not mapping or kept[1] != size:

@@ -15,12 +15,15 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import FaultError, InvalidArgumentError
+from engine.errors import FaultError, InvalidArgumentError, NotFoundError
 from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
 from engine.types import ADDRESS_SPACE, Extent
 
 RANGE_LIMIT = 1 << 20
 """More ranges than any machine has: a larger map is an error, not a slow one."""
+
+MAP_FILE_LIMIT = 8 << 20
+"""Bytes of the file of a map."""
 
 PIECES_MOST = 4096
 """Pieces up to which a memory is handed on as such: making them costs a microsecond each, once."""
@@ -121,6 +124,21 @@ class MemoryMap:
             else:
                 joined.append(entry)
         return tuple(joined)
+
+
+def read_map_file(path: str) -> MemoryMap:
+    """The map that a file holds. Raises NotFoundError, InvalidArgumentError that say what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAP_FILE_LIMIT + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"map={path}: there is no such file") from None
+    if len(text) > MAP_FILE_LIMIT:
+        raise InvalidArgumentError(f"map={path} is larger than any memory map")
+    try:
+        return MemoryMap.from_toml(text.decode(), path)
+    except UnicodeDecodeError:
+        raise InvalidArgumentError(f"map={path} is not text") from None
 
 
 class MappedMemory(Memory):

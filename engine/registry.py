@@ -23,6 +23,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
     "connector": {
         "dummy": "engine.connectors.dummy:DummyConnector",
         "lime": "engine.connectors.lime:LimeConnector",
+        "qemu": "engine.connectors.qemu:QemuConnector",
         "raw": "engine.connectors.raw:RawConnector",
     },
     "oslayer": {

@@ -59,6 +59,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "engine.decoders", "engine.zero_gaps",
         "engine.numbers",
     ),
+    "engine.connectors.qemu": ("engine.connectors.qemu.connector",),
+    "engine.connectors.qemu.*": (
+        "engine.connector", "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*",
+    ),
     "engine.oslayers": (),
     "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),
     "engine.oslayers.linux": ("engine.oslayers.linux.*",),

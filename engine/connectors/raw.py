@@ -17,16 +17,15 @@ from __future__ import annotations
 from typing import Self
 
 from engine.connector import Connector
-from engine.errors import InvalidArgumentError, NotFoundError, UnusableTargetError
+from engine.errors import InvalidArgumentError, UnusableTargetError
 from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
 from engine.leases import Lease
 from engine.memory import Memory
-from engine.memory_map import MappedMemory, MapRange, MemoryMap
+from engine.memory_map import MappedMemory, MapRange, MemoryMap, read_map_file
 from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
 from engine.types import ADDRESS_SPACE, ConnectorInfo
 
-MAP_FILE_LIMIT = 8 << 20
 _FILE_LIMIT = 1 << 63
 """No file has more bytes: off_t is signed."""
 
@@ -77,7 +76,7 @@ class RawConnector(Connector):
         if not file.size:
             raise UnusableTargetError(f"{target} is empty: there is no memory in it")
         if "map" in options:
-            memory_map = _read_map(options["map"])
+            memory_map = read_map_file(options["map"])
             return cls(file, MappedMemory(file, memory_map), memory_map, 0)
         return cls(file, BasedMemory(file, base) if base else file, None, base)
 
@@ -118,17 +117,3 @@ class RawConnector(Connector):
     def close(self) -> None:
         """See `Connector.close`."""
         self._file.close()
-
-
-def _read_map(path: str) -> MemoryMap:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAP_FILE_LIMIT + 1)
-    except FileNotFoundError:
-        raise NotFoundError(f"map={path}: there is no such file") from None
-    if len(text) > MAP_FILE_LIMIT:
-        raise InvalidArgumentError(f"map={path} is larger than any memory map")
-    try:
-        return MemoryMap.from_toml(text.decode(), path)
-    except UnicodeDecodeError:
-        raise InvalidArgumentError(f"map={path} is not text") from None

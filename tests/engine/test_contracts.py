@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -50,7 +52,28 @@ def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tup
     return opened, Truth(known, [Extent(15 * 4096, 4096), Extent(3 << 30, 1 << 30), Extent(0x1F000, 4096)])
 
 
-CONNECTORS: dict[str, Sample] = {"raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample}
+def qemu_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """A QEMU that stands still, with private RAM; its own monitor puts the bytes there."""
+    from guests.kernels import MissingError
+    from guests.living import qemu
+
+    held = contextlib.ExitStack()
+    try:
+        living = held.enter_context(qemu("private", more=["-S"]))
+    except MissingError as error:
+        require(False, str(error))
+        raise
+    data = os.urandom(3 * 4096)
+    living.put(0x100000, data)
+    host = registry.load_oslayer("native").open(Base(live=True, writable=writable), {})
+    opened = connector.open(living.name, {}, parent=host, writable=writable)
+    weakref.finalize(opened, held.close)
+    return opened, Truth([(0x100000, data)], [Extent(64 << 20, 1 << 20), Extent(1 << 40, 4096)])
+
+
+CONNECTORS: dict[str, Sample] = {
+    "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("writable", [False, True], ids=["read-only", "writable"])

@@ -1,0 +1,198 @@
+"""Connector `qemu`: the memory of a guest that QEMU runs, with TCG or KVM.
+
+    qemu                       the only guest that runs here
+    qemu:web-01                by its name (-name), or by the PID of its QEMU
+    qemu:web-01:qmp=no         without asking QEMU's monitor
+    qemu:4711:base=0x7f0000000000,size=2G     where its RAM lies in the process, where that is not found
+
+It stands on an OS layer, by default `native`, this host: over another one it finds guests in a guest. RAM in a file or
+in shared memory is mapped, private RAM read from the process. Other programs that hold a guest (cloud-hypervisor,
+Firecracker, crosvm) can be opened by PID with base=, size= and map=; that is untested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from engine.connector import Connector, Target
+from engine.connectors.qemu.answers import registers
+from engine.connectors.qemu.finding import Guest, find, guests, stranger
+from engine.connectors.qemu.layout_sources import Placed, by_machine, by_monitor, by_options
+from engine.connectors.qemu.mapped import Mapped
+from engine.connectors.qemu.monitor import connect
+from engine.connectors.qemu.presence import Presence
+from engine.connectors.qemu.ram import runs
+from engine.connectors.qemu.sources import RamMemory
+from engine.errors import (
+    EngineError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedError,
+)
+from engine.memory import Memory
+from engine.memory_map import MapRange, MemoryMap, read_map_file
+from engine.middleware import truth
+from engine.numbers import parse_number
+from engine.oslayer import Options, OsLayer
+from engine.types import ConnectorInfo, TargetHints
+
+TRANSLATED = (
+    "its code is translated (TCG): a write from outside is seen by what reads memory, but code that was translated "
+    "already goes on as it was; patch code through QEMU's gdb stub"
+)
+
+
+class QemuConnector(Connector):
+    """A guest's physical memory, in its QEMU."""
+
+    kind = "qemu"
+    summary = "a running QEMU/KVM guest, by name or PID"
+    default_parent = "native"
+    options_help = {
+        "qmp": "no: do not ask QEMU's monitor for the layout of RAM (yes: where one answers)",
+        "base": "address in QEMU's process where RAM begins, where it is not found",
+        "size": "bytes of RAM (as the command line says)",
+        "map": "a TOML file of ranges: base (physical), length, real_base (offset in RAM)",
+    }
+
+    def __init__(self, guest: Guest, placed: Placed, mapped: Mapped, presence: Presence, *, live: bool) -> None:
+        self._guest = guest
+        self._mapped = mapped
+        self._live = live
+        memory, self._memory_map = mapped.physical(placed.ranges)
+        self._memory = RamMemory(memory, presence)
+        self._notes = placed.notes
+        self._memory.read_padded(placed.ranges[0].base, 1)  # a lack of rights is said now
+
+    @classmethod
+    def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
+        """Find the guest and its RAM.
+
+        Raises NotFoundError or InvalidArgumentError with the guests that there are, UnusableTargetError where its RAM
+        or layout is not known, with what to pass, UnsupportedError where its memory is encrypted, AccessDeniedError.
+        """
+        if parent is None:
+            raise InvalidArgumentError("qemu stands on an OS layer, whose processes it looks at: name one with -o")
+        base, size = (parse_number(options[key], f"{key}=") if key in options else None for key in ("base", "size"))
+        memory_map = read_map_file(options["map"]) if "map" in options else None
+        guest = _guest(parent, target, foreign=base is not None)
+        if guest.line.encryption:
+            raise UnsupportedError(
+                f"the memory of {guest} is encrypted ({guest.line.encryption}): its host cannot read it"
+            )
+        live = parent.info.live
+        presence = Presence(guest.process, f"the QEMU of {guest}", on_host=guest.on_host, live=live)
+        with contextlib.ExitStack() as failed:
+            found = runs(guest.process.regions())
+            mapped = Mapped(guest, found, writable=writable)
+            failed.callback(mapped.close)
+            placed = by_options(guest, base, size, memory_map)
+            reasons: list[str] = []
+            if placed is None and memory_map is None and size is None and guest.on_host and _wants_qmp(options):
+                placed, reasons = by_monitor(guest, found)
+            if placed is None:
+                if size is not None:
+                    guest = guest.resized(size)
+
+                def view(ranges: Sequence[MapRange]) -> Memory:
+                    return mapped.physical(ranges)[0]
+
+                placed = by_machine(guest, found, memory_map, view)
+            opened = cls(guest, placed, mapped, presence, live=live)
+            opened._notes += tuple(reasons)
+            failed.pop_all()
+        return opened
+
+    @classmethod
+    def targets(cls, parent: OsLayer | None) -> Iterator[Target]:
+        """The guests that run on the parent, by name where it is theirs alone, else by PID."""
+        if parent is None:
+            return
+        found = list(guests(parent))
+        names = [guest.line.name for guest in found]
+        for guest in found:
+            alone = guest.line.name is not None and names.count(guest.line.name) == 1
+            yield Target(guest.name if alone else str(guest.pid), guest.description)
+
+    @property
+    def memory(self) -> Memory:
+        """See `Connector.memory`."""
+        return self._memory
+
+    @property
+    def memory_map(self) -> MemoryMap:
+        """See `Connector.memory_map`: addresses in the file that is RAM, or else in QEMU's process."""
+        return self._memory_map
+
+    @property
+    def info(self) -> ConnectorInfo:
+        """See `Connector.info`."""
+        notes = [*self._notes, *self._mapped.notes]
+        if self._memory.writable and self._guest.line.translates:
+            notes.append(TRANSLATED)
+        if self._guest.line.plugged and not self._told_by_qemu:
+            notes.append("memory plugged in beside its RAM is not shown: QEMU's monitor would tell where it is")
+        return ConnectorInfo(
+            kind=self.kind,
+            target=str(self._guest),
+            size=self._memory.size,
+            real_size=self._memory_map.real_size,
+            live=self._live,
+            writable=self._memory.writable,
+            notes=tuple(notes),
+        )
+
+    @property
+    def _told_by_qemu(self) -> bool:
+        return any("told by" in note for note in self._notes)
+
+    def hints(self) -> TargetHints:
+        """See `Connector.hints`: registers too, where QEMU's monitor answers now."""
+        architecture = self._guest.architecture
+        try:
+            found = self._ask("info registers -a")
+        except (EngineError, OSError):
+            return TargetHints(architecture=architecture)
+        return TargetHints(architecture=architecture, registers=tuple(registers(found)))
+
+    def _ask(self, line: str) -> str:
+        """What the first monitor that answers prints. Raises UnsupportedError where there is none, or why not."""
+        error: Exception | None = None
+        for address in self._guest.line.monitors if self._guest.on_host and self._live else ():
+            try:
+                with connect(address, self._guest.pid) as monitor:
+                    return monitor.human(line)
+            except (EngineError, OSError) as reason:
+                error = reason
+        raise error or UnsupportedError(f"{self._guest} has no monitor that can be asked")
+
+    def pause(self) -> None:
+        """See `Connector.pause`: by QEMU's monitor."""
+        self._memory.presence.check()
+        self._ask("stop")
+
+    def resume(self) -> None:
+        """See `Connector.resume`: by QEMU's monitor."""
+        self._memory.presence.check()
+        self._ask("cont")
+
+    def close(self) -> None:
+        """See `Connector.close`."""
+        self._mapped.close()
+        self._guest.process.close()
+
+
+def _wants_qmp(options: Options) -> bool:
+    return truth("qmp", options.get("qmp", "yes"))
+
+
+def _guest(parent: OsLayer, target: str, *, foreign: bool) -> Guest:
+    try:
+        return find(parent, target)
+    except NotFoundError:
+        other = stranger(parent, target) if foreign else None
+        if other is None:
+            raise
+        return other

@@ -1,0 +1,392 @@
+"""The memory of a guest, put together from what its QEMU maps.
+
+`RamMemory` is what a connector gives: it answers for as long as the QEMU lives that was opened, and no longer.
+`UntouchedRam` gives zeros where a guest in a guest has not touched its RAM yet; `JoinedMemory` puts several sources
+behind one another.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from engine.connectors.qemu.presence import Presence
+from engine.errors import EngineError, FaultError, FaultKind
+from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows
+from engine.types import Extent, Shortcut
+
+BELIEVED = 0.05
+"""Seconds for which reads may be answered without asking whether QEMU is still there."""
+
+
+class RamMemory(Memory):
+    """Physical memory of a guest. Raises TargetGoneError once its QEMU has ended."""
+
+    def __init__(self, memory: Memory, presence: Presence, look: Callable[[], None] | None = None) -> None:
+        """`look` is called after each read; by default it asks whether the process is still there."""
+        self.memory = memory
+        self.presence = presence
+        self._look = presence.check if look is None else look
+        self.page_size = memory.page_size
+        self.writable = memory.writable
+
+    @property
+    def size(self) -> int:
+        """First physical address behind all RAM."""
+        return self.memory.size
+
+    @property
+    def may_block(self) -> bool:
+        """As the memory below."""
+        return self.memory.may_block
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the memory below."""
+        return self.memory.words_are_cheap
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`."""
+        try:
+            self.memory.readinto(address, buffer)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        try:
+            done = self.memory.readinto_nowait(address, buffer)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+        return done
+
+    def read(self, address: int, size: int) -> bytes:
+        """See `Memory.read`."""
+        try:
+            data = self.memory.read(address, size)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+        return data
+
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """See `Memory.read_nowait`."""
+        try:
+            data = self.memory.read_nowait(address, size)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+        return data
+
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        try:
+            value = self.memory.u64(address)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+        return value
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`."""
+        try:
+            faults = self.memory.gather(addresses, out)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+        self._look()
+        return faults
+
+    def write(self, address: int, data: Data) -> None:
+        """See `Memory.write`: the guest sees it at once."""
+        self.presence.check()
+        try:
+            self.memory.write(address, data)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+
+    def scatter(self, addresses: Addresses, rows: Rows) -> Faults:
+        """See `Memory.scatter`."""
+        self.presence.check()
+        try:
+            return self.memory.scatter(addresses, rows)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`."""
+        self.presence.check()
+        try:
+            yield from self.memory.extents(start, stop)
+        except EngineError as error:
+            raise self.presence.explained(error) from None
+
+    def borrow(self, address: int, size: int) -> memoryview | None:
+        """See `Memory.borrow`."""
+        found = self.memory.borrow(address, size)
+        self._look()
+        return found
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`."""
+        found = self.memory.pieces()
+        self._look()
+        return found
+
+    def shortcut(self) -> Shortcut | None:
+        """See `Memory.shortcut`: for so short a time that an end of QEMU is not missed for long."""
+        found = self.memory.shortcut()
+        if found is None or found.pidfd >= 0:  # the pidfd is asked after each read
+            return found
+        self.presence.check()
+        return replace(found, until=min(found.until, time.monotonic() + BELIEVED))
+
+    def cached(self) -> Memory:
+        """See `Memory.cached`."""
+        return type(self)(self.memory.cached(), self.presence, self.presence.glance())
+
+
+class UntouchedRam(Memory):
+    """Private memory of a process that is seen through its page tables: zeros where it has no page yet.
+
+    Pages in swap, and page tables that cannot be read, fault as they do below. `extents` of what is asked lie within
+    what this class is for: a private anonymous mapping.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.page_size = memory.page_size
+        self.writable = memory.writable
+
+    @property
+    def size(self) -> int:
+        """As of the memory below."""
+        return self.memory.size
+
+    @property
+    def may_block(self) -> bool:
+        """As the memory below."""
+        return self.memory.may_block
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the memory below."""
+        return self.memory.words_are_cheap
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`."""
+        self._read(self.memory.readinto, address, buffer)
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        return self._read(self.memory.readinto_nowait, address, buffer)
+
+    def _read(self, readinto: Callable[[int, memoryview], bool | None], address: int, buffer: memoryview) -> bool:
+        done, size = 0, len(buffer)
+        while done < size:
+            try:
+                return readinto(address + done, buffer[done:]) is not False
+            except FaultError as error:
+                if error.kind is not FaultKind.ABSENT:
+                    raise
+                done = self._clear(address, buffer, max(error.address - address, done))
+        return True
+
+    def _clear(self, address: int, buffer: memoryview, start: int) -> int:
+        """Zeros from the page of a fault to where there may be data again; gives how far that is."""
+        page = (address + start) // self.page_size * self.page_size + self.page_size
+        stop = min(len(buffer), page - address)
+        if stop < len(buffer):
+            following = next(self.memory.extents(address + stop, address + len(buffer)), None)
+            stop = len(buffer) if following is None else following.start - address
+        buffer[start:stop] = bytes(stop - start)
+        return stop
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`; rows that fail are zeros already, but for those that go on behind their fault."""
+        faults = self.memory.gather(addresses, out)
+        if not faults:
+            return faults
+        absent = faults.kinds == FaultKind.ABSENT
+        if not absent.any():
+            return faults
+        kept: list[tuple[int, int, int]] = []
+        width = out.shape[1]
+        ends = addresses[faults.rows] + np.uint64(width)
+        over = absent & (ends > (faults.addresses // self.page_size + 1) * np.uint64(self.page_size))
+        flat = out.data.cast("B")
+        for index in np.flatnonzero(over | ~absent).tolist():
+            row = int(faults.rows[index])
+            if absent[index]:
+                try:
+                    self.readinto(int(addresses[row]), flat[row * width : (row + 1) * width])
+                except FaultError as error:
+                    kept.append((row, error.address, error.kind))
+                continue
+            kept.append((row, int(faults.addresses[index]), int(faults.kinds[index])))
+        return Faults.of(kept)
+
+    def write(self, address: int, data: Data) -> None:
+        """See `Memory.write`; where there is no page yet none is made."""
+        self.memory.write(address, data)
+
+    def scatter(self, addresses: Addresses, rows: Rows) -> Faults:
+        """See `Memory.scatter`."""
+        return self.memory.scatter(addresses, rows)
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`."""
+        return self.memory.extents(start, stop)
+
+    def borrow(self, address: int, size: int) -> memoryview | None:
+        """See `Memory.borrow`."""
+        return self.memory.borrow(address, size)
+
+    def cached(self) -> Memory:
+        """See `Memory.cached`."""
+        return type(self)(self.memory.cached())
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`size` bytes of a source from `start` on."""
+
+    source: Memory
+    start: int
+    size: int
+
+
+class JoinedMemory(Memory):
+    """Parts of several sources behind one another."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self._stops = np.cumsum([part.size for part in parts]).tolist()
+        self._handed: tuple[list[Pieces], Pieces] | None = None
+        aligned = all(not (part.start | part.size) % part.source.page_size for part in parts)
+        self.page_size = min(part.source.page_size for part in parts) if aligned else 1
+        self.writable = all(part.source.writable for part in parts)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts together."""
+        return int(self._stops[-1])
+
+    @property
+    def may_block(self) -> bool:
+        """Whether any source may."""
+        return any(part.source.may_block for part in self._parts)
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """Whether they are everywhere."""
+        return all(part.source.words_are_cheap for part in self._parts)
+
+    def _pieces(self, address: int, size: int) -> Iterator[tuple[int, int, Memory, int]]:
+        """(offset in the request, address in the source, source, size). Raises FaultError behind the last part."""
+        done = 0
+        index = bisect.bisect_right(self._stops, address)
+        while done < size:
+            if address < 0 or index >= len(self._parts):
+                raise FaultError(address + done)
+            part = self._parts[index]
+            inside = address + done - (self._stops[index] - part.size)
+            step = min(size - done, part.size - inside)
+            yield done, part.start + inside, part.source, step
+            done += step
+            index += 1
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`."""
+        for offset, real, source, step in self._pieces(address, len(buffer)):
+            try:
+                source.readinto(real, buffer[offset : offset + step])
+            except FaultError as error:
+                raise error.moved(address + offset - real) from None
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        for offset, real, source, step in self._pieces(address, len(buffer)):
+            try:
+                if not source.readinto_nowait(real, buffer[offset : offset + step]):
+                    return False
+            except FaultError as error:
+                raise error.moved(address + offset - real) from None
+        return True
+
+    def write(self, address: int, data: Data) -> None:
+        """See `Memory.write`."""
+        view = memoryview(data).cast("B")
+        for offset, real, source, step in self._pieces(address, len(view)):
+            try:
+                source.write(real, view[offset : offset + step])
+            except FaultError as error:
+                raise error.moved(address + offset - real) from None
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`: one gather of each source."""
+        width = out.shape[1]
+        index = np.searchsorted(np.array(self._stops, np.uint64), addresses, "right")
+        found: list[tuple[int, int, int]] = []
+        for number in np.unique(index).tolist():
+            rows = np.flatnonzero(index == number)
+            part = self._parts[number] if number < len(self._parts) else None
+            begin = 0 if part is None else self._stops[number] - part.size
+            inside = addresses[rows] - np.uint64(begin)
+            whole = np.zeros(len(rows), bool) if part is None else inside + np.uint64(width) <= np.uint64(part.size)
+            good, others = rows[whole], rows[~whole]
+            if part is not None and len(good):
+                filled = np.empty((len(good), width), np.uint8)
+                faults = part.source.gather(inside[whole] + np.uint64(part.start), filled)
+                out[good] = filled
+                moved = faults.addresses - np.uint64(part.start) + np.uint64(begin)
+                found += zip(good[faults.rows].tolist(), moved.tolist(), faults.kinds.tolist(), strict=True)
+            if len(others):
+                rest = np.empty((len(others), width), np.uint8)
+                edges = super().gather(addresses[others], rest)
+                out[others] = rest
+                rows_of = others[edges.rows].tolist()
+                found += zip(rows_of, edges.addresses.tolist(), edges.kinds.tolist(), strict=True)
+        return Faults.of(sorted(found)) if found else NO_FAULTS
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`."""
+        stop = self.size if stop is None else min(stop, self.size)
+        for part, end in zip(self._parts, self._stops, strict=True):
+            begin = end - part.size
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                delta = begin - part.start
+                for extent in part.source.extents(low - delta, high - delta):
+                    yield Extent(extent.start + delta, extent.size)
+
+    def borrow(self, address: int, size: int) -> memoryview | None:
+        """See `Memory.borrow`: of bytes in one part."""
+        index = bisect.bisect_right(self._stops, address)
+        if address < 0 or index >= len(self._parts) or address + size > self._stops[index]:
+            return None
+        part = self._parts[index]
+        return part.source.borrow(address - (self._stops[index] - part.size) + part.start, size)
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`."""
+        found = []
+        for part in self._parts:
+            one = part.source.pieces()
+            if one is None:
+                return None
+            found.append(one)
+        kept = self._handed
+        if kept is None or any(one is not other for one, other in zip(kept[0], found, strict=True)):
+            moved = [
+                piece
+                for part, one, stop in zip(self._parts, found, self._stops, strict=True)
+                for piece in one.moved(part.start, part.size, stop - part.size)
+            ]
+            kept = self._handed = found, Pieces(moved)
+        return kept[1]
