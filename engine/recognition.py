@@ -44,7 +44,7 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"KDUMP   ", "a kdump image"),
     Format(0, b"DISKDUMP", "a diskdump image"),
     Format(0, b"makedumpfile", "a flattened kdump image"),
-    Format(0, b"\x7fELF", "an ELF file"),
+    Format(0, b"\x7fELF", "an ELF file", "elfcore"),
     Format(0, b"PAGEDUMP", "a Windows crash dump"),
     Format(0, b"PAGEDU64", "a Windows crash dump"),
     Format(0, b"MDMP", "a Windows minidump", advice="it holds one process, not physical memory"),

@@ -22,6 +22,7 @@ Kind = Literal["connector", "oslayer"]
 _BUILT_IN: dict[Kind, dict[str, str]] = {
     "connector": {
         "dummy": "engine.connectors.dummy:DummyConnector",
+        "elfcore": "engine.connectors.elfcore:ElfCoreConnector",
         "lime": "engine.connectors.lime:LimeConnector",
         "qemu": "engine.connectors.qemu:QemuConnector",
         "raw": "engine.connectors.raw:RawConnector",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from dump_samples import lime_image
+from hand_made_dumps import Load, elf_core, note
 from hand_made_tables import DTB, image
 from support import require
 
@@ -71,8 +72,19 @@ def qemu_sample(connector: type[Connector], folder: str, writable: bool) -> tupl
     return opened, Truth([(0x100000, data)], [Extent(64 << 20, 1 << 20), Extent(1 << 40, 4096)])
 
 
+def elfcore_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """Two segments, the first of which has a page of memory more than of file; never writable."""
+    data = os.urandom(3 * 4096)
+    path = os.path.join(folder, "vmcore")
+    loads = [Load(0x10000, data[:8192], more=4096), Load(0x20000, data[8192:])]
+    with open(path, "wb") as file:
+        file.write(elf_core(loads, note(b"VMCOREINFO", 0, b"OSRELEASE=6.1\n")))
+    opened = connector.open(path, {}, parent=None, writable=writable)
+    return opened, Truth([(0x10000, data[:8192] + bytes(4096)), (0x20000, data[8192:])], [Extent(0, 0x10000)])
+
+
 CONNECTORS: dict[str, Sample] = {
-    "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample,
+    "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
 }  # fmt: skip
 
 

@@ -55,8 +55,7 @@ class LinuxLayer(OsLayer):
         """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing."""
         if base.memory is None:
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
-        texts = list(_hinted(base)) + find_vmcoreinfo(base.memory)
-        found = find_kernel(base.memory, texts, keep=not base.live)
+        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live)
         profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")))
         profile.found = with_true_layout(base.memory, profile)
         return cls(base, Kernel(profile.found, profile, base.live))
@@ -152,6 +151,12 @@ class LinuxLayer(OsLayer):
 
     def close(self) -> None:
         """See `OsLayer.close`: nothing is held but memory."""
+
+
+def _texts(base: Base, memory: Memory) -> Iterator[Vmcoreinfo]:
+    """The texts that may describe the kernel; memory is only searched where what a dump carries proves nothing."""
+    yield from _hinted(base)
+    yield from find_vmcoreinfo(memory)
 
 
 def _hinted(base: Base) -> Iterator[Vmcoreinfo]:

@@ -1,0 +1,296 @@
+"""Connector `elfcore`: an ELF core file of a whole machine, whose segments say where in physical memory they lie.
+
+    elfcore:vmcore                    written by a kernel that crashed (/proc/vmcore, makedumpfile -E), by QEMU
+                                      (dump-guest-memory), by virsh dump --memory-only, by VirtualBox (dumpvmcore)
+    elfcore:/proc/kcore               the segments of this machine's kernel that have a physical address
+
+What a segment has in memory but not in the file reads as zeros where the file carries VMCOREINFO: makedumpfile leaves
+pages out that way. In other files it is a hole. Where segments overlap (the kernel's image lies in RAM, too) the one
+that begins first counts. A file that is cut opens as far as it goes. It is never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Self
+
+import numpy as np
+
+from engine.connector import Connector
+from engine.errors import BadDataError, FaultError, InvalidArgumentError, NotRecognisedError, UnusableTargetError
+from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.formats.crash_notes import hints_of, is_of_process
+from engine.formats.elf import ElfFile, Note, Segment, parse_notes
+from engine.formats.elf.records import ET_CORE, PT_LOAD, PT_NOTE, parse_segments, segment_size
+from engine.leases import Lease
+from engine.memory import Addresses, Faults, Memory, Pieces, Rows
+from engine.memory_map import MappedMemory, MapRange, MemoryMap
+from engine.oslayer import Options, OsLayer
+from engine.types import ADDRESS_SPACE, ConnectorInfo, Extent, TargetHints
+
+SEGMENT_LIMIT = 1 << 20
+"""Segments of a file; a dump that leaves pages out has one for each run that stayed."""
+NOTES_LIMIT = 64 << 20
+"""Bytes of notes that are read: a few hundred for each CPU."""
+PAGE = 4096
+_ZEROS = 1 << 62
+"""From here on the source of the memory is zeros; no file is so long."""
+_KINDS = {0: "no type", 1: "a relocatable object", 2: "an executable", 3: "a shared object or an executable"}
+
+
+class WithZeros(Memory):
+    """A file, and zeros behind all that a file can hold."""
+
+    def __init__(self, file: FileMemory) -> None:
+        self.file = file
+
+    @property
+    def size(self) -> int:
+        """All addresses: the map on top of it bounds them."""
+        return ADDRESS_SPACE
+
+    @property
+    def may_block(self) -> bool:
+        """As the file."""
+        return self.file.may_block
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`."""
+        if address < _ZEROS:
+            self.file.readinto(address, buffer)
+        else:
+            buffer[:] = bytes(len(buffer))
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        if address < _ZEROS:
+            return self.file.readinto_nowait(address, buffer)
+        self.readinto(address, buffer)
+        return True
+
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`: zeros hold no data."""
+        return self.file.extents(start, stop) if start < _ZEROS else iter(())
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`."""
+        held = addresses < _ZEROS
+        if held.all():
+            return self.file.gather(addresses, out)
+        rows = np.flatnonzero(held)
+        part = np.empty((len(rows), out.shape[1]), np.uint8)
+        faults = self.file.gather(addresses[rows], part)
+        out[...] = 0
+        out[rows] = part
+        return Faults(rows[faults.rows], faults.addresses, faults.kinds)
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the file."""
+        return self.file.words_are_cheap
+
+
+class CoreMemory(MappedMemory):
+    """Physical memory as the segments hold it; a segment may begin anywhere in the file."""
+
+    def __init__(self, source: Memory, ranges: MemoryMap) -> None:
+        super().__init__(source, ranges)
+        edges = PAGE
+        for entry in ranges.ranges:
+            edges |= entry.base | entry.length
+        self.page_size = edges & -edges
+
+    def pieces(self) -> Pieces | None:
+        """See `Memory.pieces`; None where there are zeros that lie nowhere."""
+        return super().pieces() if isinstance(self.source, FileMemory) else None
+
+
+class ElfCoreConnector(Connector):
+    """An ELF core file of a machine."""
+
+    kind = "elfcore"
+    summary = "an ELF core of a machine: vmcore, QEMU, libvirt, VirtualBox, /proc/kcore"
+    options_help = dict(FRESHNESS_HELP)
+
+    def __init__(self, file: FileMemory, held: MemoryMap, left_out: list[MapRange], hints: TargetHints) -> None:
+        self._file = file
+        self._held = held
+        self._hints = hints
+        self.notes: list[str] = []
+        source: Memory = WithZeros(file) if left_out else file
+        whole = MemoryMap([*held.ranges, *left_out]) if left_out else held
+        self._memory = CoreMemory(source, whole)
+
+    @classmethod
+    def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
+        """Open the file. Raises NotFoundError, NotRecognisedError where it is no core of a machine, or OSError."""
+        if parent is not None:
+            raise InvalidArgumentError("elfcore stands on a file of this host, not on an OS layer: leave -c out")
+        if not target:
+            raise InvalidArgumentError("elfcore wants a file: elfcore:PATH")
+        file = open_image(target, options, writable=False)
+        try:
+            return cls._of(file)
+        except FaultError as error:
+            raise UnusableTargetError(f"{target} cannot be opened as an ELF core: {error}") from None
+
+    @classmethod
+    def _of(cls, file: FileMemory) -> Self:
+        elf = ElfFile(file)
+        kind = elf.header.kind
+        if kind != ET_CORE:
+            what = _KINDS.get(kind, f"type {kind:#x}")
+            raise NotRecognisedError(f"{file.path} is an ELF file but no core of a machine: its type says {what}")
+        warnings: list[str] = []
+        segments = _segments(elf, warnings)
+        notes = _notes(file, segments, elf.header.order, warnings)
+        loads = [segment for segment in segments if segment.kind == PT_LOAD and _is_physical(segment)]
+        if is_of_process(notes) or not _tells_addresses(loads):
+            raise NotRecognisedError(
+                f"{file.path} is the core of a process, not of a machine: its segments have no physical addresses"
+            )
+        hints = hints_of(notes, elf.header.architecture, elf.header.order)
+        held, left_out = _placed(loads, file.size, zeros=hints.vmcoreinfo is not None, warnings=warnings)
+        if not held:
+            raise UnusableTargetError(f"{file.path} holds no memory: it has {len(loads)} segments, all of them empty")
+        made = cls(file, MemoryMap(held), left_out, hints)
+        made.notes = warnings
+        return made
+
+    @property
+    def memory(self) -> Memory:
+        """See `Connector.memory`."""
+        return self._memory
+
+    @property
+    def memory_map(self) -> MemoryMap:
+        """See `Connector.memory_map`: what the file holds, without the zeros that it leaves out."""
+        return self._held
+
+    @property
+    def info(self) -> ConnectorInfo:
+        """See `Connector.info`."""
+        return ConnectorInfo(
+            kind=self.kind,
+            target=self._file.path,
+            size=self._memory.size,
+            real_size=self._held.real_size,
+            live=not self._file.immutable,
+            writable=False,
+            notes=tuple(self.notes),
+            freshness=self._file.freshness,
+        )
+
+    @property
+    def lease(self) -> Lease | None:
+        """See `Connector.lease`."""
+        return self._file.lease
+
+    def hints(self) -> TargetHints:
+        """See `Connector.hints`: registers and VMCOREINFO as the notes tell them."""
+        return self._hints
+
+    def close(self) -> None:
+        """See `Connector.close`."""
+        self._file.close()
+
+
+def _segments(elf: ElfFile, warnings: list[str]) -> list[Segment]:
+    """The program headers, as many as the file still has."""
+    header, count = elf.header, elf.segment_count()
+    size = segment_size(header.bits)
+    if count and header.segment_entry_size != size:
+        raise BadDataError(0, detail=f"its program headers have {header.segment_entry_size} bytes, not {size}")
+    if count > SEGMENT_LIMIT:
+        raise BadDataError(header.segments_offset, detail=f"{count} program headers")
+    there = max(0, elf.memory.size - header.segments_offset) // size
+    if there < count:
+        warnings.append(f"the file ends within its table of segments: {count - there} of {count} are missing")
+    table = elf.memory.read(header.segments_offset, size * min(count, there))
+    return list(parse_segments(table, header))
+
+
+def _notes(file: FileMemory, segments: list[Segment], order: str, warnings: list[str]) -> list[Note]:
+    """The notes of all PT_NOTE segments; those that the file no longer has are left out."""
+    found: list[Note] = []
+    room = NOTES_LIMIT
+    for segment in segments:
+        if segment.kind != PT_NOTE or not segment.file_size:
+            continue
+        size = max(0, min(segment.file_size, room, file.size - segment.offset))
+        room -= size
+        try:
+            found += parse_notes(file.read(segment.offset, size), order)
+        except FaultError as error:
+            warnings.append(f"the notes at offset {segment.offset:#x} of the file are not read: {error}")
+    return found
+
+
+def _is_physical(segment: Segment) -> bool:
+    """Whether it has bytes, and an address that may be physical: /proc/kcore writes -1 where there is none."""
+    return segment.size > 0 and segment.physical + segment.size <= ADDRESS_SPACE - PAGE
+
+
+def _tells_addresses(loads: list[Segment]) -> bool:
+    """Whether the physical addresses are any: the core of a process has zeros in all of its segments."""
+    return len(loads) < 2 or any(segment.physical for segment in loads)
+
+
+def _placed(
+    loads: list[Segment], size: int, *, zeros: bool, warnings: list[str]
+) -> tuple[list[MapRange], list[MapRange]]:
+    """What the file holds, and what reads as zeros: both ascending and disjoint, the first before the second."""
+    there, missing = [], 0
+    for segment in loads:
+        wanted = min(segment.file_size, segment.size)
+        have = max(0, min(wanted, size - segment.offset))
+        if have < wanted:
+            missing += wanted - have
+            have = max(0, (segment.physical + have) // PAGE * PAGE - segment.physical)
+        if have:
+            there.append(MapRange(segment.physical, have, segment.offset))
+    if missing:
+        warnings.append(f"the file is cut: {missing} bytes of its segments are missing, reading them faults")
+    held = _disjoint(there)
+    if not zeros:
+        return held, []
+    behind = [
+        MapRange(segment.physical + segment.file_size, segment.size - segment.file_size, _ZEROS)
+        for segment in loads
+        if segment.size > segment.file_size
+    ]
+    left_out = _without(_disjoint(behind), held)
+    if left_out:
+        count = sum(entry.length for entry in left_out)
+        warnings.append(f"{count} bytes were left out of the file when it was written: they read as zeros")
+    return held, left_out
+
+
+def _disjoint(ranges: Iterable[MapRange]) -> list[MapRange]:
+    """The ranges by address, each without what one that begins before it has already."""
+    found: list[MapRange] = []
+    stop = 0
+    for entry in sorted(ranges, key=lambda entry: (entry.base, -entry.length)):
+        if entry.stop > stop:
+            skip = max(0, stop - entry.base)
+            found.append(MapRange(entry.base + skip, entry.length - skip, entry.real_base + skip))
+            stop = entry.stop
+    return found
+
+
+def _without(ranges: list[MapRange], taken: list[MapRange]) -> list[MapRange]:
+    """What of disjoint `ranges` is not in `taken`, both ascending."""
+    found: list[MapRange] = []
+    row = 0
+    for entry in ranges:
+        at = entry.base
+        while row and taken[row - 1].stop > at:
+            row -= 1
+        while row < len(taken) and taken[row].base < entry.stop:
+            if taken[row].base > at:
+                found.append(MapRange(at, taken[row].base - at, entry.real_base))
+            at = max(at, taken[row].stop)
+            row += 1
+        if at < entry.stop:
+            found.append(MapRange(at, entry.stop - at, entry.real_base))
+    return found
