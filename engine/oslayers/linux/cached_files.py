@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import FaultError, FaultKind, NotFoundError
+from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.layout import Field
 from engine.memory import Addresses, Memory, fault
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Mask, Objects
 from engine.oslayers.linux.page_frames import PageFrames, page_frames
 from engine.oslayers.linux.paths import BLOCK, FILE_TYPE, REGULAR, Paths
+from engine.oslayers.linux.swap import CACHE_OFFSET_BITS
 from engine.oslayers.linux.walks import xarray
 from engine.types import Extent
 
@@ -110,7 +111,10 @@ class CachedPages(Memory):
         return self.kernel.found.physical.may_block
 
     def pages(self, first: int, count: int) -> tuple[_Kinds, Addresses]:
-        """(kind, physical address) of `count` pages from number `first` on: 0 is there, `ZERO`, or a `FaultKind`."""
+        """(kind, physical address) of `count` pages from number `first` on: 0 is there, `ZERO`, or a `FaultKind`.
+
+        Of a page in swap the second is its entry.
+        """
         objects, shape = self.kernel.objects(), self._shape
         entries = np.zeros(count, np.uint64)
         for index, entry, width in xarray(
@@ -120,7 +124,9 @@ class CachedPages(Memory):
         kinds = np.full(count, ZERO if self.in_memory else FaultKind.ABSENT, np.uint8)
         physical = np.zeros(count, np.uint64)
         if self.in_memory:
-            kinds[entries & np.uint64(1) == 1] = FaultKind.PAGED_OUT
+            gone = entries & np.uint64(1) == 1
+            kinds[gone] = FaultKind.PAGED_OUT
+            physical[gone] = entries[gone] >> np.uint64(1)
         rows = np.flatnonzero((entries >= np.uint64(objects.kernel_start)) & (entries & np.uint64(3) == 0))
         if len(rows):
             good, fresh, behind = self._believed(objects, entries[rows], rows.astype(np.uint64) + np.uint64(first))
@@ -170,6 +176,9 @@ class CachedPages(Memory):
             return
         if kind == FaultKind.ABSENT:
             raise FaultError(at, detail="this page of the file is not in the page cache")
+        if kind == FaultKind.PAGED_OUT:
+            number, offset = physical >> CACHE_OFFSET_BITS, physical & (1 << CACHE_OFFSET_BITS) - 1
+            raise PagedOutError(at, detail=self.kernel.swap_areas(self.kernel.objects()).place(number, offset))
         if kind:
             raise fault(at, FaultKind(kind))
         frame = physical + (at & self.page_size - 1)

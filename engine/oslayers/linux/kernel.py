@@ -10,7 +10,7 @@ from engine.layout import TypeSource
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
-from engine.oslayers.linux.swap import absent_hook
+from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entries_of
 from engine.translate.mmu import Root
 from engine.translate.virtual import VirtualMemory
 
@@ -24,6 +24,7 @@ class Kernel:
     live: bool
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out since it could not be read, by kind."""
+    _swap: list[SwapEntries | None] = field(default_factory=list)
 
     @property
     def types(self) -> TypeSource:
@@ -31,6 +32,19 @@ class Kernel:
         if self.profile.types is None:
             raise NotFoundError("this kernel carries no types (BTF)")
         return self.profile.types
+
+    @property
+    def swap_entries(self) -> SwapEntries | None:
+        """How page-table entries of absent pages are read; None where that is not known."""
+        if not self._swap:
+            known = self.profile.symbol
+            release = self.found.vmcoreinfo.release_number()
+            self._swap.append(entries_of(self.found.machine, release, lambda name: known(name) is not None))
+        return self._swap[0]
+
+    def swap_areas(self, objects: Objects) -> SwapAreas:
+        """The areas that it swaps to, for one operation."""
+        return SwapAreas(objects, self.profile.symbol("swap_info"))
 
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it."""
@@ -45,7 +59,7 @@ class Kernel:
         """
         dtb = self.found.memory.virt_to_phys(pgd)
         root: Root = (self.found.candidate.user, dtb)
-        hook = absent_hook(self.found.machine)
+        hook = absent_hook(self.swap_entries)
         return VirtualMemory(self.found.physical, [root], hook, keep=not self.live)
 
     def dtb_of(self, pgd: int) -> int | None:
