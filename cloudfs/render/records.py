@@ -56,15 +56,20 @@ def thread_record(info: ThreadInfo) -> Record:
 
 
 def region_record(region: Region) -> Record:
-    """The keys of `maps`. `offset` is hexadecimal too: of /dev/mem it is a physical address."""
+    """The keys of `maps`. `offset` is hexadecimal too: of /dev/mem it is a physical address.
+
+    `source` is null for mappings that the OS lists; of others `offset`, `device` and `inode` are not known.
+    """
+    listed = region.source is None
     return {
         "start": address_text(region.start),
         "stop": address_text(region.stop),
         "permissions": region.permissions,
-        "offset": address_text(region.offset),
-        "device": region.device_text,
-        "inode": region.inode,
-        "path": region.path,
+        "offset": address_text(region.offset) if listed else None,
+        "device": region.device_text if listed else None,
+        "inode": region.inode if listed else None,
+        "path": region.path if listed else region.path or None,
+        "source": region.source,
     }
 
 

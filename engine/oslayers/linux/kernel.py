@@ -11,6 +11,7 @@ from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entries_of
+from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.mmu import Root
 from engine.translate.virtual import VirtualMemory
 
@@ -46,6 +47,11 @@ class Kernel:
         """The areas that it swaps to, for one operation."""
         return SwapAreas(objects, self.profile.symbol("swap_info"))
 
+    def knows(self, *structures: str) -> bool:
+        """Whether the kernel's types tell of all these structures."""
+        types = self.profile.types
+        return types is not None and all(types.struct(name) is not None for name in structures)
+
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it."""
         memory = self.found.memory
@@ -60,7 +66,8 @@ class Kernel:
         dtb = self.found.memory.virt_to_phys(pgd)
         root: Root = (self.found.candidate.user, dtb)
         hook = absent_hook(self.swap_entries)
-        return VirtualMemory(self.found.physical, [root], hook, keep=not self.live)
+        stop = self.found.candidate.kernel_start
+        return UserSpace(self.found.physical, [root], hook, keep=not self.live, stop=None if stop >> 32 else stop)
 
     def dtb_of(self, pgd: int) -> int | None:
         """The DTB of an address space; None where it cannot be found."""

@@ -29,6 +29,7 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
 from engine.oslayers.linux.tasks import Tasks
@@ -58,6 +59,8 @@ class LinuxLayer(OsLayer):
         found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live)
         profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")))
         profile.found = with_true_layout(base.memory, profile)
+        if profile.types is None:
+            profile.types = shapes_of(profile)
         return cls(base, Kernel(profile.found, profile, base.live))
 
     @property
@@ -118,7 +121,7 @@ class LinuxLayer(OsLayer):
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
             found = LinuxSymbols(self.kernel)
-        elif issubclass(Sockets, kind) and self.kernel.profile.types is not None:
+        elif issubclass(Sockets, kind) and self.kernel.knows("file", "socket", "sock"):
             try:
                 found = LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
             except NotRecognisedError:

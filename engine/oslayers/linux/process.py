@@ -20,8 +20,8 @@ from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
 from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.user_space import mapped_regions
 from engine.oslayers.linux.vmas import regions_of
-from engine.translate.maps import regions
 from engine.translate.virtual import VirtualMemory
 from engine.types import CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
@@ -95,6 +95,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def capability(self, kind: type[C]) -> C | None:
         """See `Capable.capability`."""
+        if issubclass(OpenFiles, kind) and not self.kernel.knows("files_struct", "fdtable", "file"):
+            return None
         if issubclass(ProcFiles, kind):
             files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
             return files if isinstance(files, kind) else None
@@ -129,7 +131,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _command_line(self, record: TaskRecord) -> tuple[str, ...] | None:
         """The arguments; () of a kernel thread and a zombie, None where they cannot be read."""
         if not record.mm:
-            return ()
+            return None if record.mm is None else ()
         data = self.arguments()
         if data is None:
             return None
@@ -154,7 +156,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _strings(self, first: str, last: str) -> bytes | None:
         record = self.record
         if not record.mm:
-            return b""
+            return None if record.mm is None else b""
         try:
             objects = self.kernel.objects()
             layout = objects.struct("mm_struct")
@@ -179,7 +181,12 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             record = self.record
             pgd = self._pgd(record)
             try:
-                self._memory = NOTHING if pgd is None else process_space(self.kernel, record.mm, pgd)
+                if pgd is None or not record.mm:
+                    self._memory = NOTHING
+                elif self.kernel.knows("vm_area_struct"):
+                    self._memory = process_space(self.kernel, record.mm, pgd)
+                else:
+                    self._memory = self.kernel.space_of(pgd)
             except FaultError:
                 self._memory = NOTHING
         return self._memory
@@ -191,9 +198,20 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             return iter(())
         try:
             return iter(list(regions_of(self.kernel, record.mm)))
-        except NotFoundError:  # without types: what the page tables map
-            memory = self.memory
-            return regions(memory.translation_blocks()) if isinstance(memory, VirtualMemory) else iter(())
+        except NotFoundError:
+            return self._by_page_tables(record.mm)
+
+    def _by_page_tables(self, mm: int) -> Iterator[Region]:
+        """What can be told of mappings where nothing is known of VMAs."""
+        objects, memory = self.kernel.objects(), self.memory
+        if not isinstance(memory, VirtualMemory):
+            return iter(())
+        try:
+            layout = objects.struct("mm_struct")
+            low, high, stack = (objects.value(mm, layout[name]) for name in ("start_brk", "brk", "start_stack"))
+        except (FaultError, NotFoundError):
+            return mapped_regions(memory, None, None)
+        return mapped_regions(memory, (low, high), stack)
 
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """See `PhysicalMaps.physical_maps`."""

@@ -215,11 +215,13 @@ class LinuxProcFiles(ProcFiles):
         return f"pos:\t{one.position or 0}\nflags:\t0{flags:o}\nmnt_id:\t{mount_id}\nino:\t{inode}\n".encode()
 
 
-def auxiliary_vector(objects: Objects, mm: int) -> bytes:
+def auxiliary_vector(objects: Objects, mm: int | None) -> bytes:
     """What the kernel told a program at its start, as /proc/PID/auxv gives it; empty for a kernel thread.
 
     Pairs of words of the program, up to and with one of type 0 (AT_NULL). Raises NotFoundError.
     """
+    if mm is None:
+        raise NotFoundError("where the address space of the process is described is not known")
     if not mm:
         return b""
     member = objects.struct("mm_struct")["saved_auxv"]
