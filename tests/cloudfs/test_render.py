@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cloudfs import render
 from engine.chain import Spec
 from engine.machine import Instance
-from engine.types import ConnectorInfo, ModuleInfo, OsInfo, ProcessInfo, Region, Rights
+from engine.types import PAGE_TABLES, ConnectorInfo, ModuleInfo, OsInfo, ProcessInfo, Region, Rights
 
 
 def parse_maps(text: str) -> list[Region]:
@@ -97,8 +97,17 @@ def test_a_region_has_the_keys_of_maps() -> None:
     region = Region(0x1000, 0x2000, Rights.READ | Rights.WRITE, False, 0x3000, (8, 1), 12, "/a")
     assert render.region_record(region) == {
         "start": "0x1000", "stop": "0x3000", "permissions": "rw-p", "offset": "0x3000",
-        "device": "08:01", "inode": 12, "path": "/a",
+        "device": "08:01", "inode": 12, "path": "/a", "source": None,
     }
+
+
+def test_what_page_tables_do_not_tell_of_a_region_is_null() -> None:
+    region = Region(0x1000, 0x2000, Rights.READ, None, source=PAGE_TABLES)
+    assert render.region_record(region) == {
+        "start": "0x1000", "stop": "0x3000", "permissions": "r--?", "offset": None,
+        "device": None, "inode": None, "path": None, "source": "page tables",
+    }
+    assert render.maps_line(region).split()[-1] == "tables]"
 
 
 def test_times_are_iso_8601_in_utc() -> None:

@@ -22,6 +22,7 @@ from engine.translate.linux_rows import (
     ARM_LPAE_PROT_NONE,
     RISCV_PROT_NONE,
     X86_PROT_NONE,
+    arm_of_linux,
     with_prot_none,
 )
 from engine.translate.mmu import MmuSpec, Root, Walker
@@ -33,6 +34,8 @@ X86_64_MAP = 0xFFFF_FFFF_8000_0000
 """__START_KERNEL_map (arch/x86/include/asm/page_64_types.h)."""
 SPLITS = (0xC000_0000, 0x8000_0000, 0x4000_0000, 0xB000_0000)
 """PAGE_OFFSET of 32-bit kernels (VMSPLIT): 3G/1G in all distributions, then 2G/2G, 1G/3G, 3G with 256M less."""
+ARM_MODULES = 16 << 20
+"""Bytes below PAGE_OFFSET that are ARM kernels' too, for modules: TASK_SIZE of arch/arm/include/asm/memory.h."""
 IMAGE_LIMIT = 192 << 20
 IMAGE_HOLE = 8 << 20
 """A kernel's image is one linear run; between its parts there may be holes so wide (freed init sections)."""
@@ -167,10 +170,12 @@ def _narrow(text: Vmcoreinfo, top: int, first: int) -> Iterator[Candidate]:
         if text.text("CONFIG_X86_PAE") == "y":
             yield _candidate("i686", with_prot_none(mode("x86-pae"), X86_PROT_NONE), top - split, split)
         elif text.text("CONFIG_ARM_LPAE") == "y":
-            yield _candidate("armv7l", with_prot_none(mode("arm-lpae"), ARM_LPAE_PROT_NONE), top - split + first, split)
+            spec = with_prot_none(mode("arm-lpae"), ARM_LPAE_PROT_NONE)
+            yield Candidate("armv7l", spec, spec, top - split + first, split - ARM_MODULES)
         else:
             yield _candidate("i686", with_prot_none(mode("x86"), X86_PROT_NONE), top - split, split)
-            yield _candidate("armv7l", mode("arm-short"), top - split + first, split)
+            spec = mode("arm-short")
+            yield Candidate("armv7l", spec, arm_of_linux(spec), top - split + first, split - ARM_MODULES)
 
 
 def _candidate(machine: str, spec: MmuSpec, dtb: int, kernel_start: int) -> Candidate:
