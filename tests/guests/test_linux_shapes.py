@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def open_image(path: object) -> LinuxLayer:
-    return LinuxLayer.open(Base(FileMemory(str(path), immutable=True)), {})
+    return LinuxLayer.open(Base(FileMemory(str(path), immutable=True)), {"cache": "no"})
 
 
 def without_btf(recording: Recording, folder: object) -> object:
