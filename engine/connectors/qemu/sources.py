@@ -100,6 +100,8 @@ class RamMemory(Memory):
         except EngineError as error:
             raise self.presence.explained(error) from None
         self._look()
+        if faults and len(faults) == len(addresses):
+            self.presence.check_memory()
         return faults
 
     def write(self, address: int, data: Data) -> None:
@@ -140,10 +142,10 @@ class RamMemory(Memory):
 
     def shortcut(self) -> Shortcut | None:
         """See `Memory.shortcut`: for so short a time that an end of QEMU is not missed for long."""
+        self.presence.check()
         found = self.memory.shortcut()
         if found is None or found.pidfd >= 0:  # the pidfd is asked after each read
             return found
-        self.presence.check()
         return replace(found, until=min(found.until, time.monotonic() + BELIEVED))
 
     def cached(self) -> Memory:
