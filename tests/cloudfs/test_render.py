@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -139,8 +140,14 @@ LEAVES = st.none() | st.booleans() | st.integers() | CHARACTERS
 def test_json_is_ascii_and_reads_back(value: object) -> None:
     text = render.to_json(value)
     assert text.isascii()
-    assert text.endswith("\n")
+    assert text == json.dumps(value, indent=2) + "\n"
     assert json.loads(text) == value
+
+
+def test_json_leaves_no_rubbish_for_the_collector_of_cycles() -> None:
+    gc.collect()
+    render.to_json({"a": [1, {"b": None}, ()], "c": {}})
+    assert gc.collect() == 0
 
 
 def test_json_never_holds_half_a_character() -> None:
