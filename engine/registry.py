@@ -26,6 +26,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
     "connector": {
         "dummy": "engine.connectors.dummy:DummyConnector",
         "elfcore": "engine.connectors.elfcore:ElfCoreConnector",
+        "gdb": "engine.connectors.gdb:GdbConnector",
         "lime": "engine.connectors.lime:LimeConnector",
         "qemu": "engine.connectors.qemu:QemuConnector",
         "raw": "engine.connectors.raw:RawConnector",

@@ -54,6 +54,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.elf_modules": ("engine.oslayer", "engine.formats.*"),
     "engine.connector": ("engine.oslayer",),
     "engine.connectors": (),
+    "engine.connectors.gdb": (
+        "engine.connector", "engine.middleware", "engine.connectors.gdb.*", "engine.formats.*", "engine.numbers",
+    ),
+    "engine.connectors.gdb.*": ("engine.memory_map", "engine.connectors.gdb.*"),
     "engine.connectors.*": (
         "engine.connector", "engine.file_memory", "engine.block_memory", "engine.formats.*", "engine.middleware",
         "engine.decoders", "engine.zero_gaps",
@@ -61,7 +65,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "engine.connectors.qemu": ("engine.connectors.qemu.connector",),
     "engine.connectors.qemu.*": (
-        "engine.connector", "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*",
+        "engine.connector", "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*", "engine.formats.*",
     ),
     "engine.oslayers": (),
     "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+from bare_qemu import PLACE, RAM, bare_machine
 from dump_samples import lime_image
 from hand_made_dumps import Load, elf_core, note
 from hand_made_tables import DTB, image
@@ -83,8 +84,18 @@ def elfcore_sample(connector: type[Connector], folder: str, writable: bool) -> t
     return opened, Truth([(0x10000, data[:8192] + bytes(4096)), (0x20000, data[8192:])], [Extent(0, 0x10000)])
 
 
+def gdb_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """A machine in QEMU that was never started."""
+    held = contextlib.ExitStack()
+    machine = held.enter_context(bare_machine("-S", known=os.urandom(3 * 4096)))
+    opened = connector.open(machine.stub, {}, parent=None, writable=writable)
+    weakref.finalize(opened, held.close)
+    return opened, Truth(known=[(PLACE, machine.known)], holes=[Extent(RAM, 1 << 20)])
+
+
 CONNECTORS: dict[str, Sample] = {
     "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
+    "gdb": gdb_sample,
 }  # fmt: skip
 
 
