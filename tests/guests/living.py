@@ -117,7 +117,8 @@ def qemu(
         folder = Path(name)
         words = [
             *_ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
-            "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config", "-display", "none", "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
+            "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config", "-display", "none",
+            "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
             *(word.replace("{folder}", str(folder)) for word in more),
         ]  # fmt: skip
         if monitor == "free":
