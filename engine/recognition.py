@@ -32,6 +32,8 @@ class Format:
     """The plugin that opens it; None: there is none yet."""
     advice: str = ""
     """What a person can do where there is none: a clause in which {path} stands for the file."""
+    packing: str = ""
+    """How a file is packed in which something else is to be recognised; see `engine.image_source`."""
 
     def matches(self, head: bytes) -> bool:
         """Whether a file that begins with `head` is one."""
@@ -59,12 +61,12 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"\x7fVirtualBox Saved", "a saved state of VirtualBox",
            advice="`VBoxManage debugvm NAME dumpvmcore` writes the memory alone"),
     Format(0, b"EVF\x09\x0d\x0a\xff\x00", "an EnCase image", advice="`ewfexport {path}` writes what is in it"),
-    Format(0, b"\x1f\x8b\x08", "a gzip file", advice="unpack it: gzip -dk {path}"),
-    Format(0, b"\xfd7zXZ\0", "an xz file", advice="unpack it: xz -dk {path}"),
-    Format(0, b"\x28\xb5\x2f\xfd", "a Zstandard file", advice="unpack it: zstd -d {path}"),
-    Format(0, b"\x04\x22\x4d\x18", "an lz4 file", advice="unpack it: lz4 -d {path}"),
-    Format(4, b"1AY&SY", "a bzip2 file", advice="unpack it: bzip2 -dk {path}"),
-    Format(0, b"PK\x03\x04", "a ZIP file", advice="unpack it: unzip {path}"),
+    Format(0, b"\x1f\x8b\x08", "a gzip file", advice="unpack it: gzip -dk {path}", packing="gzip"),
+    Format(0, b"\xfd7zXZ\0", "an xz file", advice="unpack it: xz -dk {path}", packing="xz"),
+    Format(0, b"\x28\xb5\x2f\xfd", "a Zstandard file", advice="unpack it: zstd -d {path}", packing="zstd"),
+    Format(0, b"\x04\x22\x4d\x18", "an lz4 file", advice="unpack it: lz4 -d {path}", packing="lz4"),
+    Format(4, b"1AY&SY", "a bzip2 file", advice="unpack it: bzip2 -dk {path}", packing="bzip2"),
+    Format(0, b"PK\x03\x04", "a ZIP file", advice="unpack it: unzip {path}", packing="zip"),
     Format(0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip file", advice="unpack it: 7z x {path}"),
     Format(0, b"Rar!\x1a\x07", "a RAR file", advice="unpack it: unrar x {path}"),
     Format(257, b"ustar", "a tar archive", advice="unpack it: tar xf {path}"),
