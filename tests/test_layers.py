@@ -77,7 +77,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.linux": ("engine.oslayers.linux.*",),
     "engine.oslayers.linux.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.layout", "engine.translate.*",
-        "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.containers", "engine.oslayers.linux.*",
+        "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.containers", "engine.file_memory",
+        "engine.oslayers.linux.*",
     ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from engine.errors import (
     EngineError,
@@ -36,13 +36,19 @@ from engine.oslayers.linux.tasks import Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
 
+if TYPE_CHECKING:
+    from engine.oslayers.linux.given import Given
+
 
 class LinuxLayer(OsLayer):
     """A Linux kernel: its types from BTF and its symbols from kallsyms, both read from its own memory."""
 
     kind = "linux"
     summary = "Linux from its own memory: no symbols, no profile to be given"
-    options_help = MappingProxyType({"cache": "no: neither use nor keep what was read of this kernel build before"})
+    options_help = MappingProxyType({
+        "cache": "no: neither use nor keep what was read of this kernel build before",
+        "symbols": "a vmlinux, BTF, System.map or Volatility ISF of this kernel, where its own description is gone",
+    })  # fmt: skip
 
     def __init__(self, base: Base, kernel: Kernel) -> None:
         self._base = base
@@ -56,8 +62,9 @@ class LinuxLayer(OsLayer):
         """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing."""
         if base.memory is None:
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
+        given = _given(options.get("symbols"))
         found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live)
-        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")))
+        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")), given=given)
         profile.found = with_true_layout(base.memory, profile)
         if profile.types is None:
             profile.types = shapes_of(profile)
@@ -160,6 +167,14 @@ def _texts(base: Base, memory: Memory) -> Iterator[Vmcoreinfo]:
     """The texts that may describe the kernel; memory is only searched where what a dump carries proves nothing."""
     yield from _hinted(base)
     yield from find_vmcoreinfo(memory)
+
+
+def _given(path: str | None) -> Given | None:
+    if not path:
+        return None
+    from engine.oslayers.linux.given import read_given  # with what unpacks files 10 ms to import, and rarely needed
+
+    return read_given(path)
 
 
 def _hinted(base: Base) -> Iterator[Vmcoreinfo]:
