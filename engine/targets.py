@@ -18,7 +18,7 @@ from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedErro
 from engine.file_memory import open_descriptor
 from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
-from engine.recognition import HEAD_SIZE, recognise
+from engine.recognition import HEAD_SIZE, Format, recognise
 
 Link = tuple[Kind, chain.Spec]
 
@@ -35,14 +35,26 @@ def image_link(path: str) -> Link:
     found = recognise(head)
     inside: dict[str, str] = {}
     if is_split(path) or (found is not None and found.packing):
+        outer = found
         with contextlib.closing(open_source(path, {}, writable=False)) as source:
             found, inside = recognise(source.head()), {"inside": "yes"}
+        if found is not None and found.connector is not None:
+            _check_packed(path, outer, found, found.connector)
     if found is None:
         return "connector", chain.Spec("raw", path, inside)
     if found.connector is None:
         sentence = not_opened(path, found, "which no installed connector reads")
         raise NotRecognisedError(f"{sentence}; {chain.Spec('raw', path)} shows its bytes")
     return "connector", chain.Spec(found.connector, path)
+
+
+def _check_packed(path: str, outer: Format | None, found: Format, connector: str) -> None:
+    """Raise NotRecognisedError where the connector of what is inside cannot open it as it is packed."""
+    if outer is None or not outer.packing:
+        return  # how its parts are joined it may know better
+    if not registry.load_connector(connector).opens_packed:
+        why = f"with {found.what} in it, which the connector {connector} does not read in place"
+        raise NotRecognisedError(not_opened(path, outer, why))
 
 
 def _open_regular(path: str, flags: int) -> int:

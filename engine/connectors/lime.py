@@ -38,6 +38,7 @@ class LimeConnector(Connector):
     kind = "lime"
     summary = "an image of LiME or AVML: ranges of physical memory behind headers"
     options_help = FRESHNESS_HELP
+    opens_packed = True
 
     def __init__(self, source: ImageSource, memory: Memory, memory_map: MemoryMap, notes: tuple[str, ...]) -> None:
         self._source = source

@@ -57,6 +57,7 @@ class RawConnector(Connector):
         "inside": "yes: what a packed or split image holds (no: the file's own bytes)",
         **FRESHNESS_HELP,
     }
+    opens_packed = True
 
     def __init__(self, source: ImageSource, memory: Memory, memory_map: MemoryMap | None, base: int) -> None:
         self._source = source

@@ -373,3 +373,10 @@ def test_leases_of_all_parts_end_when_it_is_closed(tmp_path):
     with opened(path) as source:
         lease = source.lease
     assert lease is None or not lease.held
+
+
+def test_what_a_connector_cannot_open_packed_is_to_be_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.connectors.lime.LimeConnector.opens_packed", False)
+    path = packed("xz", lime_image(LIME), tmp_path)
+    with pytest.raises(NotRecognisedError, match=f"with a LiME image in it, .*; unpack it: xz -dk {path}"):
+        chain_of(str(path))
