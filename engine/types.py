@@ -346,7 +346,14 @@ class OsInfo:
     kernel_base: int | None = None
     dtb: int | None = None
     boot_time: float | None = None
+    """Seconds since 1970 UTC, by the target's own clock."""
+    time: float | None = None
+    """What that clock says, seconds since 1970 UTC; of a dump when it was made."""
+    uptime: float | None = None
+    """Seconds since boot, suspended time included."""
     hostname: str | None = None
+    command_line: str | None = None
+    """What the kernel was started with."""
     live: bool = False
     writable: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)

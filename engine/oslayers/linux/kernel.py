@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.errors import FaultError, NotFoundError
@@ -25,6 +26,8 @@ class Kernel:
     live: bool
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out since it could not be read, by kind."""
+    boot_time: Callable[[], int | None] = lambda: None
+    """When it was started, nanoseconds since 1970 UTC by its own clock; None where that is not known."""
     _swap: list[SwapEntries | None] = field(default_factory=list)
 
     @property

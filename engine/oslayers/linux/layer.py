@@ -19,7 +19,22 @@ from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
 from engine.middleware import truth
-from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Sockets, Symbols
+from engine.oslayer import (
+    Base,
+    C,
+    Containers,
+    KernelConfig,
+    KernelLog,
+    Module,
+    Options,
+    OsLayer,
+    Process,
+    Sockets,
+    Symbols,
+    SystemFiles,
+)
+from engine.oslayers.linux.cgroups import LinuxContainers
+from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.finding import Found, find_kernel
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.listing import Listed, PidNumbers, list_processes, pid_numbers
@@ -32,12 +47,21 @@ from engine.oslayers.linux.resources import system_ram
 from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
+from engine.oslayers.linux.sysfiles import LinuxSystemFiles
+from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
 
 if TYPE_CHECKING:
     from engine.oslayers.linux.given import Given
+
+_NEEDED: dict[type, tuple[str, ...]] = {
+    Sockets: ("file", "socket", "sock"),
+    Containers: ("css_set", "cgroup", "kernfs_node"),
+    SystemFiles: ("pid_namespace",),
+}
+"""What has to be known of a kernel for a capability."""
 
 
 class LinuxLayer(OsLayer):
@@ -56,6 +80,9 @@ class LinuxLayer(OsLayer):
         self._tasks: Tasks | None = None
         self._numbers: PidNumbers | None = None
         self._listing: Mapping[int, Listed] | None = None
+        self._config: LinuxConfig | None = None
+        self.system = System(kernel)
+        kernel.boot_time = self.system.boot_time
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
@@ -87,7 +114,7 @@ class LinuxLayer(OsLayer):
     @property
     def info(self) -> OsInfo:
         """See `OsLayer.info`."""
-        found = self.kernel.found
+        found, clock = self.kernel.found, self.system.clock()
         return OsInfo(
             self.kind,
             version=found.release,
@@ -95,6 +122,11 @@ class LinuxLayer(OsLayer):
             page_size=1 << found.candidate.spec.page_bits,
             kernel_base=found.vmcoreinfo.symbol("_stext"),
             dtb=found.candidate.dtb,
+            boot_time=None if clock is None else clock.boot / 1e9,
+            time=None if clock is None else clock.now / 1e9,
+            uptime=None if clock is None else clock.uptime / 1e9,
+            hostname=self.system.names().get("nodename"),
+            command_line=self.system.command_line(),
             live=self._base.live,
             writable=self._base.writable,
             skipped=dict(self.kernel.skipped),
@@ -128,12 +160,31 @@ class LinuxLayer(OsLayer):
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
             found = LinuxSymbols(self.kernel)
-        elif issubclass(Sockets, kind) and self.kernel.knows("file", "socket", "sock"):
+        elif issubclass(KernelConfig, kind):
+            found = self._configuration()
+        elif kind in _NEEDED and self.kernel.knows(*_NEEDED[kind]):
             try:
-                found = LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
+                found = self._of_processes(kind)
             except NotRecognisedError:
                 return None
         return found if isinstance(found, kind) else super().capability(kind)
+
+    def _of_processes(self, kind: type[C]) -> object:
+        """What needs the list of processes. Raises NotRecognisedError where there is none."""
+        if issubclass(Sockets, kind):
+            return LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
+        if issubclass(Containers, kind):
+            return LinuxContainers(self.kernel, self.tasks, lambda: [one.record for one in self._list().values()])
+        return LinuxSystemFiles(self.kernel, self.system, self.tasks, self._thread_count)
+
+    def _thread_count(self) -> int:
+        return sum(one.record.threads or 1 for one in self._list().values())
+
+    def _configuration(self) -> LinuxConfig | None:
+        """None where this kernel carries none; looked for once."""
+        if self._config is None:
+            self._config = LinuxConfig(self.kernel)
+        return self._config if self._config.is_there else None
 
     def pids(self) -> list[int]:
         """See `OsLayer.pids`: without the idle task, which has no number that a user sees."""

@@ -84,6 +84,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             gid=record.gid,
             threads=record.threads,
             start_ticks=record.start_ticks,
+            start_time=self._start_time(record),
             command_line=self._command_line(record),
             executable=executable,
             architecture=self._architecture(record),
@@ -113,6 +114,11 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         except (FaultError, NotFoundError):
             return None
         return NARROW.get(machine) if is_narrow(objects, vector) else machine
+
+    def _start_time(self, record: TaskRecord) -> float | None:
+        """Seconds since 1970 UTC; None where the clock is not found."""
+        boot = self.kernel.boot_time()
+        return None if boot is None or record.start_ns is None else (boot + record.start_ns) / 1e9
 
     def _executable(self, record: TaskRecord) -> tuple[str | None, bool | None]:
         """(path of the executable, whether its name was removed); None where there is none, or it cannot be read."""
