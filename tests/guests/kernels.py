@@ -152,7 +152,8 @@ def _files(kernel: Kernel) -> KernelFiles:
 
 def _fetch(kernels: list[Kernel]) -> None:
     for bare in {kernel.bare for kernel in kernels}:
-        apt = _Apt(cache_root() / ("apt-bare" if bare else "apt"), [one for one in KERNELS.values() if one.bare == bare])
+        known = [kernel for kernel in KERNELS.values() if kernel.bare == bare]
+        apt = _Apt(cache_root() / ("apt-bare" if bare else "apt"), known)
         _fetch_with(apt, [kernel for kernel in kernels if kernel.bare == bare])
 
 

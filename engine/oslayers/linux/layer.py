@@ -19,6 +19,7 @@ from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
 from engine.middleware import truth
+from engine.numbers import parse_number
 from engine.oslayer import (
     Base,
     C,
@@ -35,7 +36,8 @@ from engine.oslayer import (
 )
 from engine.oslayers.linux.cgroups import LinuxContainers
 from engine.oslayers.linux.configuration import LinuxConfig
-from engine.oslayers.linux.finding import Found, find_kernel
+from engine.oslayers.linux.description import with_description
+from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.listing import Listed, PidNumbers, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
@@ -44,6 +46,7 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.searching import Recognised, find_kernel
 from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
@@ -71,12 +74,14 @@ class LinuxLayer(OsLayer):
     summary = "Linux from its own memory: no symbols, no profile to be given"
     options_help = MappingProxyType({
         "cache": "no: neither use nor keep what was read of this kernel build before",
+        "dtb": "the physical address of the kernel's top page table, where you know it; never needed",
+        "kaslr": "how far KASLR has moved the kernel: tells which of several is meant; never needed",
         "symbols": "a vmlinux, BTF, System.map or Volatility ISF of this kernel, where its own description is gone",
     })  # fmt: skip
 
-    def __init__(self, base: Base, kernel: Kernel) -> None:
+    def __init__(self, base: Base, kernel: Kernel | Recognised) -> None:
         self._base = base
-        self.kernel = kernel
+        self._kernel = kernel
         self._tasks: Tasks | None = None
         self._numbers: PidNumbers | None = None
         self._listing: Mapping[int, Listed] | None = None
@@ -90,12 +95,26 @@ class LinuxLayer(OsLayer):
         if base.memory is None:
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
         given = _given(options.get("symbols"))
-        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live)
+        dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
+        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live, dtb=dtb, slide=slide)
+        if isinstance(found, Recognised):
+            return cls(base, found)
         profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")), given=given)
         profile.found = with_true_layout(base.memory, profile)
+        profile.found = with_description(profile)
         if profile.types is None:
             profile.types = shapes_of(profile)
         return cls(base, Kernel(profile.found, profile, base.live))
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel. Raises NotRecognisedError where its architecture is one that cannot be read yet."""
+        if isinstance(self._kernel, Kernel):
+            return self._kernel
+        raise NotRecognisedError(
+            f"Linux {self._kernel.release} for {self._kernel.machine} is recognised, and no more: the page tables of"
+            " this architecture are not walked yet"
+        )
 
     @property
     def tasks(self) -> Tasks:
@@ -114,6 +133,8 @@ class LinuxLayer(OsLayer):
     @property
     def info(self) -> OsInfo:
         """See `OsLayer.info`."""
+        if isinstance(self._kernel, Recognised):
+            return self._recognised(self._kernel)
         found, clock = self.kernel.found, self.system.clock()
         return OsInfo(
             self.kind,
@@ -133,15 +154,24 @@ class LinuxLayer(OsLayer):
             notes=tuple(self.kernel.profile.notes),
         )
 
+    def _recognised(self, found: Recognised) -> OsInfo:
+        text = found.vmcoreinfo
+        size = text.number("PAGESIZE") if text is not None else None
+        return OsInfo(
+            self.kind, version=found.release, architecture=found.machine, page_size=size, live=self._base.live,
+            writable=self._base.writable,
+            notes=("recognised, and no more: the page tables of this architecture are not walked yet",),
+        )  # fmt: skip
+
     @property
     def physical_memory(self) -> Memory | None:
         """See `OsLayer.physical_memory`: in the layout that the kernel knows."""
-        return self.kernel.found.physical
+        return self._base.memory if isinstance(self._kernel, Recognised) else self.kernel.found.physical
 
     @property
     def kernel_memory(self) -> Memory | None:
         """See `OsLayer.kernel_memory`."""
-        return self.kernel.found.memory
+        return None if isinstance(self._kernel, Recognised) else self.kernel.found.memory
 
     def modules(self) -> Iterator[Module]:
         """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell."""
@@ -153,6 +183,8 @@ class LinuxLayer(OsLayer):
     def capability(self, kind: type[C]) -> C | None:
         """See `Capable.capability`."""
         found: object = None
+        if isinstance(self._kernel, Recognised):
+            return super().capability(kind)
         if issubclass(KernelLog, kind):
             try:
                 found = PrintkLog(self.kernel.found.memory, self.kernel.found.vmcoreinfo, self.kernel.profile.word)

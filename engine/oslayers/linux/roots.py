@@ -24,6 +24,9 @@ PAGE = 4096
 """Top tables begin at a multiple (of their own size where that is more)."""
 TABLE_LIMIT = 1 << 13
 """Tables of one level that are looked through for a place."""
+LARGEST_PAGE = 25
+"""Log2 of the largest page by which kernels map their images (32 MiB with granules of 16 KiB); the word 1 alone would
+be one of 1 GiB to some modes."""
 _BATCH = 1 << 10
 """Pages that are looked at whole at a time."""
 
@@ -41,10 +44,11 @@ def pages_of(physical: Memory, start: int = 0, stop: int | None = None) -> Addre
 
 
 def aligned(pages: Addresses, spec: MmuSpec) -> Addresses:
-    """Those of the pages at which a top table of this mode can begin."""
-    top = spec.levels[0]
-    size = spec.entry_size << top.bits
-    found: Addresses = pages[pages % np.uint64(size) == 0] if size > PAGE and not size & (size - 1) else pages
+    """Where top tables of this mode can begin that have one of the pages: of a large one the first may be a hole."""
+    size = spec.entry_size << spec.levels[0].bits
+    if size <= PAGE or size & (size - 1):
+        return pages
+    found: Addresses = np.unique(pages & ~np.uint64(size - 1))
     return found
 
 
@@ -80,6 +84,7 @@ def _told(level: LevelRows, entries: Addresses) -> tuple[Any, Addresses, Address
     codes = level.codes(entries)
     codes[level.faults[codes] != 0] = 0
     leads_on: Mask = level.tables[codes] & (codes > 0)
+    codes[~leads_on & (level.page_bits[codes] > LARGEST_PAGE)] = 0
     bits = np.where(leads_on | (codes == 0), 0, level.page_bits[codes]).astype(np.uint64)
     return codes, level.bases(codes, entries), (np.uint64(1) << bits) - np.uint64(1), leads_on
 
@@ -145,13 +150,13 @@ def table_like(physical: Memory, spec: MmuSpec, pages: Addresses) -> Addresses:
     return np.concatenate(found)
 
 
-def entry_counts(physical: Memory, spec: MmuSpec, root: int) -> tuple[int, int]:
-    """How many entries a top table has in its low half and in its high half."""
+def entry_counts(physical: Memory, spec: MmuSpec, root: int, kernel_start: int) -> tuple[int, int]:
+    """How many entries a top table has for addresses below `kernel_start`, and how many from there on."""
     level = rows_of(spec).levels[0]
     matrix, _ = TableReader(physical, spec.entry_size).rows(np.array([root], np.uint64), level.width)
     used = matrix.reshape(-1) != 0
-    half = level.count // 2 if spec.low_bits else 0
-    return int(np.count_nonzero(used[:half])), int(np.count_nonzero(used[half:]))
+    first = (kernel_start >> int(level.shift)) & (level.count - 1)
+    return int(np.count_nonzero(used[:first])), int(np.count_nonzero(used[first:]))
 
 
 __all__ = ["addresses_of", "aligned", "entry_counts", "mapping_roots", "pages_of", "table_like"]
