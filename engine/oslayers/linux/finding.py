@@ -69,14 +69,18 @@ class Found:
 def described(memory: Memory, texts: Iterable[Vmcoreinfo], *, keep: bool, dtb: int | None = None) -> Iterator[Found]:
     """The kernels that the texts describe and that prove themselves; through the top table `dtb`, where it is given."""
     for text in texts:
-        for physical, first in layouts(memory):
-            for candidate in candidates(text, first):
-                if dtb is not None:
-                    candidate = candidate.at(candidate.spec.dtb(dtb))
-                if proves(physical, candidate, text, given=dtb is not None):
-                    space = VirtualMemory(physical, [(candidate.spec, candidate.dtb)], keep=keep)
-                    yield Found(candidate, text, physical, space, image_extent(space, text))
-                    break
+        found = next(_proved(memory, text, keep, dtb), None)
+        if found is not None:
+            yield found
+
+
+def _proved(memory: Memory, text: Vmcoreinfo, keep: bool, dtb: int | None) -> Iterator[Found]:
+    for physical, first in layouts(memory):
+        for guess in candidates(text, first):
+            candidate = guess if dtb is None else guess.at(guess.spec.dtb(dtb))
+            if proves(physical, candidate, text, given=dtb is not None):
+                space = VirtualMemory(physical, [(candidate.spec, candidate.dtb)], keep=keep)
+                yield Found(candidate, text, physical, space, image_extent(space, text))
 
 
 def candidates(text: Vmcoreinfo, first: int) -> Iterator[Candidate]:
