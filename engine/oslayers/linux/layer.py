@@ -86,8 +86,10 @@ class LinuxLayer(OsLayer):
         self._numbers: PidNumbers | None = None
         self._listing: Mapping[int, Listed] | None = None
         self._config: LinuxConfig | None = None
-        self.system = System(kernel)
-        kernel.boot_time = self.system.boot_time
+        self._system: System | None = None
+        if isinstance(kernel, Kernel):
+            self._system = System(kernel)
+            kernel.boot_time = self._system.boot_time
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
@@ -115,6 +117,11 @@ class LinuxLayer(OsLayer):
             f"Linux {self._kernel.release} for {self._kernel.machine} is recognised, and no more: the page tables of"
             " this architecture are not walked yet"
         )
+
+    @property
+    def system(self) -> System:
+        """What the kernel says of the machine as a whole. Raises as `kernel`."""
+        return self._system or System(self.kernel)
 
     @property
     def tasks(self) -> Tasks:
