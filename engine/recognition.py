@@ -52,10 +52,9 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"MDMP", "a Windows minidump", advice="it holds one process, not physical memory"),
     Format(0, b"hibr", "a Windows hibernation file"),
     Format(0, b"HIBR", "a Windows hibernation file"),
-    Format(0, b"\xd2\xbe\xd2\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd3\xbe\xd3\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd0\xbe\xd2\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd1\xba\xd1\xba", "the state of a VMware machine"),
+    *(Format(0, bytes.fromhex(magic), "the state of a VMware machine", "vmware")
+      for magic in ("d0bed0be", "d0bed2be", "d2bed2be", "d3bed3be", "d1bad1ba", "d2bad2ba")),
+    Format(0, bytes.fromhex("9edd4389"), "a file of an encrypted VMware machine", advice="decrypt the machine first"),
     Format(0, b"QEVM", "a saved state of QEMU", advice="`dump-guest-memory` of its monitor writes the memory alone"),
     Format(0, b"LibvirtQemudSave", "a saved state of libvirt", advice="`virsh dump --memory-only` writes the memory"),
     Format(0, b"\x7fVirtualBox Saved", "a saved state of VirtualBox",
@@ -74,6 +73,10 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"KDMV", "a VMware disk image", advice="it holds a disk, not memory"),
 )  # fmt: skip
 """Files whose bytes are not memory as it stands; one with a connector goes before one without."""
+
+
+SUFFIXES = {".vmem": "vmware"}
+"""Files that have no magic, and whose connector looks for others beside them: by what their names end with."""
 
 
 def announced_formats() -> Iterator[Format]:
@@ -102,3 +105,8 @@ def recognise(head: bytes) -> Format | None:
             return row
     theirs = next((row for row in announced_formats() if row.matches(head)), None)
     return theirs or next(iter(own), None)
+
+
+def connector_by_name(path: str) -> str | None:
+    """The connector for a file whose content says nothing, by its name."""
+    return next((plugin for suffix, plugin in SUFFIXES.items() if path.lower().endswith(suffix)), None)

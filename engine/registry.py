@@ -30,6 +30,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
         "lime": "engine.connectors.lime:LimeConnector",
         "qemu": "engine.connectors.qemu:QemuConnector",
         "raw": "engine.connectors.raw:RawConnector",
+        "vmware": "engine.connectors.vmware:VmwareConnector",
     },
     "oslayer": {
         "linux": "engine.oslayers.linux:LinuxLayer",

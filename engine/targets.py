@@ -18,7 +18,7 @@ from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedErro
 from engine.file_memory import open_descriptor
 from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
-from engine.recognition import HEAD_SIZE, Format, recognise
+from engine.recognition import HEAD_SIZE, Format, connector_by_name, recognise
 
 Link = tuple[Kind, chain.Spec]
 
@@ -40,6 +40,8 @@ def image_link(path: str) -> Link:
             found, inside = recognise(source.head()), {"inside": "yes"}
         if found is not None and found.connector is not None:
             _check_packed(path, outer, found, found.connector)
+    if found is None and (connector := connector_by_name(path)) is not None:
+        return "connector", chain.Spec(connector, path)
     if found is None:
         return "connector", chain.Spec("raw", path, inside)
     if found.connector is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from bare_qemu import PLACE, RAM, bare_machine
-from dump_samples import lime_image
+from dump_samples import lime_image, vmss_file, vmss_memory
 from hand_made_dumps import Load, elf_core, note
 from hand_made_tables import DTB, image
 from support import require
@@ -44,6 +44,18 @@ def lime_sample(connector: type[Connector], folder: str, writable: bool) -> tupl
         file.write(lime_image(ranges))
     opened = connector.open(path, {}, parent=None, writable=writable)
     return opened, Truth(known=ranges, holes=[Extent(0, 0x1000), Extent(0x20000, 1 << 20)])
+
+
+def vmware_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """Three pages at 0 and one at 4 GiB, as the state file beside them says."""
+    data = os.urandom(4 * 4096)
+    path = os.path.join(folder, "machine.vmem")
+    state = vmss_file({"memory": vmss_memory([(0, 0, 3), (0x100000, 3, 1)])})
+    for name, content in ((path, data), (os.path.join(folder, "machine.vmss"), state)):
+        with open(name, "wb") as file:
+            file.write(content)
+    opened = connector.open(path, {}, parent=None, writable=writable)
+    return opened, Truth(known=[(0, data[:12288]), (1 << 32, data[12288:])], holes=[Extent(12288, 1 << 20)])
 
 
 def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
@@ -94,7 +106,8 @@ def gdb_sample(connector: type[Connector], folder: str, writable: bool) -> tuple
 
 
 CONNECTORS: dict[str, Sample] = {
-    "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
+    "raw": raw_sample, "lime": lime_sample, "vmware": vmware_sample,
+    "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
     "gdb": gdb_sample,
 }  # fmt: skip
 
