@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cloudfs.render.values import address_text, plain, time_text
+from engine import middleware
 from engine.connector import Target
 from engine.errors import NotRecognisedError
 from engine.machine import Instance
@@ -190,6 +191,9 @@ def instance_record(instance: Instance) -> Record:
     """
     if instance.kind == "connector":
         own = connector_record(instance.connector.info)
+        if instance.memory_view is not None:
+            own["writable"] = own["writable"] or instance.writable
+            own["notes"] = [*own["notes"], *middleware.notes(instance.memory_view)]
     else:
         own = {**os_record(instance.layer.info, process_count(instance)), "live": instance.live}
     record: Record = {"name": instance.name, **own}
