@@ -37,7 +37,7 @@ class Presence:
 
     def _ask(self) -> None:
         try:
-            _ = self._process.name
+            self._process.check()
         except NotFoundError:
             raise self._ended() from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
+from engine.layout import Field
 from engine.memory import BytesMemory, Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
 from engine.oslayers.linux.cgroups import cgroups_of, container_in, main_path
@@ -41,6 +42,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         self._record = record
         self._sources = sources
         self._memory: Memory | None = None
+        self._places: list[tuple[int, int, int]] | None = None
 
     @property
     def record(self) -> TaskRecord:
@@ -61,6 +63,36 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def name(self) -> str:
         """See `Process.name`."""
         return self.record.name
+
+    def check(self) -> None:
+        """See `Process.check`: its PID, start and mm stand where they stood.
+
+        A task leaves its mm before the page tables are given back, and its record still says so when it is free. The
+        record lies in a slab, which the kernel never moves: where, is asked once.
+        """
+        if not self.kernel.live:
+            return
+        memory = self.kernel.found.physical
+        try:
+            if self._places is None:
+                self._places = self._found_places()
+            for place, size, value in self._places:
+                if (memory.u64 if size == 8 else memory.u32)(place) != value:
+                    raise ProcessExitedError(self._record.pid)
+        except FaultError:
+            raise ProcessExitedError(self._record.pid) from None
+
+    def _found_places(self) -> list[tuple[int, int, int]]:
+        """(physical address, size, value) of what tells this process from others. Raises FaultError."""
+        task, record = self.tasks.task, self._record
+        start = task.get("start_boottime", "real_start_time")
+        members: list[tuple[Field, int, int]] = [(task["pid"], 4, record.pid)]
+        if record.mm is not None:
+            members.append((task["mm"], self.kernel.profile.word, record.mm))
+        if start is not None and record.start_ns is not None:
+            members.append((start, 8, record.start_ns))
+        space = self.kernel.found.memory
+        return [(space.virt_to_phys(record.address + one.offset), size, value) for one, size, value in members]
 
     @property
     def info(self) -> ProcessInfo:
