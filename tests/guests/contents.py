@@ -27,6 +27,7 @@ import numpy as np
 from guests import kernels, machine, program
 from guests.catalogue import GUESTS, Guest
 from guests.kernels import KERNELS, GuestError, KernelFiles, MissingError, cache_root, locked, made_whole, provide
+from guests.recorder import _forget_unused as forget_unused
 from guests.recorder import _qemu_version as qemu_version
 from guests.recorder import sparse_copy
 from guests.recording import FACTS, IMAGE, TRUTH, Recording
@@ -36,7 +37,7 @@ SOURCES = (HERE / "contents_program" / "contents.c", HERE / "program" / "truth.c
 NARROW_SOURCE = HERE / "narrow_program" / "narrow.c"
 NARROW = {"amd64": "i686-linux-gnu-gcc", "arm64": "arm-linux-gnueabihf-gcc"}
 """Architecture → the compiler of its 32-bit programs."""
-MODULES = ("lzo-rle", "zram", "loop", "ext4")
+MODULES = ("crc32c_generic", "lzo-rle", "zram", "loop", "ext4")
 """What the guest needs and some kernels have as modules, with what those need."""
 ALL = ("amd64-5.10", "amd64-6.1-4level", "amd64-6.12", "arm64-6.1", "arm64-6.12-16k", "riscv64-6.12")
 IN_CI = ("amd64-6.12", "arm64-6.1")
@@ -94,6 +95,7 @@ def recorded(name: str) -> ContentsRecording:
                 except GuestError:  # a boot may fail under an emulator
                     if attempt == _ATTEMPTS:
                         raise
+            forget_unused(guest, place)
     os.utime(place)
     return ContentsRecording(place)
 
@@ -109,7 +111,7 @@ def _record(guest: Guest, kernel: KernelFiles, folder: Path) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cloudfs-contents-") as work:
         init = _compiled(program.COMPILERS[guest.architecture], SOURCES, Path(work) / "init")
-        more = program._Archive()
+        more = program.Archive()
         if guest.architecture in NARROW:
             narrow = _compiled(NARROW[guest.architecture], [NARROW_SOURCE], Path(work) / "narrow")
             more.add("bin/narrow", 0o100755, narrow.read_bytes())
@@ -166,7 +168,7 @@ def _disk(work: Path) -> bytes:
 
 def _modules(name: str, kernel: KernelFiles) -> tuple[Path, ...]:
     """The modules that the guest loads, those first that others need."""
-    place = cache_root() / "contents" / "modules" / f"{name}-{kernel.version}"
+    place = cache_root() / "contents" / "modules" / f"{name}-{kernel.version}-{'-'.join(MODULES)}"
     with locked(f"contents-modules-{name}"):
         if not place.exists():
             with made_whole(place) as folder:

@@ -17,14 +17,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.layout import Field
-from engine.memory import Addresses, Memory, fault
+from engine.memory import Addresses, Memory, Rows, fault
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Mask, Objects
 from engine.oslayers.linux.page_frames import PageFrames, page_frames
@@ -57,6 +56,11 @@ class _Shape:
     flags: Field
     up_to_date: int | None
     """The flag that says that a page has been read or written whole (PG_uptodate); None where it is not known."""
+
+    @property
+    def span(self) -> int:
+        """Bytes of a page's structure that are read of it."""
+        return max(self.owner.stop, self.index.stop, self.flags.stop)
 
     @classmethod
     def of(cls, objects: Objects) -> _Shape:
@@ -143,15 +147,17 @@ class CachedPages(Memory):
     def _believed(self, objects: Objects, entries: Addresses, numbers: Addresses) -> tuple[Mask, Mask, Addresses]:
         """(is a page of this file, holds its bytes, how many pages behind the first one of its folio)."""
         shape = self._shape
-        owners, good = objects.pointers(entries, shape.owner)
-        first, readable = objects.column(entries, shape.index)
-        flags, also = objects.column(entries, shape.flags)
-        behind: npt.NDArray[Any] = numbers - first.astype(np.uint64)
-        good &= readable & also & (owners == np.uint64(self.mapping)) & (behind < np.uint64(FOLIO_PAGES))
-        fresh = np.ones(len(entries), bool)
+        folios, place = np.unique(entries, return_inverse=True)
+        heads = np.empty((len(folios), shape.span), np.uint8)
+        good = np.ones(len(folios), bool)
+        good[objects.memory.gather(folios, heads).rows] = False
+        good &= _words(heads, shape.owner, objects) == np.uint64(self.mapping)
+        fresh = np.ones(len(folios), bool)
         if shape.up_to_date is not None:
-            fresh = flags.astype(np.uint64) & np.uint64(shape.up_to_date) != 0
-        return good, fresh, np.where(good, behind, np.uint64(0))
+            fresh = _words(heads, shape.flags, objects) & np.uint64(shape.up_to_date) != 0
+        behind = numbers - _words(heads, shape.index, objects)[place]
+        fitting = good[place] & (behind < np.uint64(FOLIO_PAGES))
+        return fitting, fresh[place], np.where(fitting, behind, np.uint64(0))
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
@@ -207,6 +213,12 @@ class CachedPages(Memory):
             until = max(until, high)
         if begun < until:
             yield Extent(begun, until - begun)
+
+
+def _words(rows: Rows, member: Field, objects: Objects) -> Addresses:
+    """A word of each row."""
+    column = np.ascontiguousarray(rows[:, member.offset : member.stop]).view(f"{objects.types.order}u{member.size}")
+    return column.reshape(len(rows)).astype(np.uint64)
 
 
 def _runs(kinds: _Kinds, physical: Addresses, page_bits: int) -> Iterator[tuple[int, int]]:
