@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ET_CORE, PT_LOAD, PT_NOTE, PN_XNUM = 4, 1, 4, 0xFFFF
@@ -60,3 +61,97 @@ def _segment(
     if wide:
         return struct.pack(order + "IIQQQQQQ", kind, 7, offset, virtual, physical, file_size, size, 0)
     return struct.pack(order + "IIIIIIII", kind, offset, virtual, physical, file_size, size, 7, 0)
+
+
+Pack = Callable[[bytes], tuple[bytes, int]]
+"""A page → its bytes in the file and the flag that says how they are packed."""
+
+
+def plain(page: bytes) -> tuple[bytes, int]:
+    return page, 0
+
+
+def deflated(page: bytes) -> tuple[bytes, int]:
+    return zlib.compress(page, 1), 1
+
+
+@dataclass(frozen=True)
+class Kdump:
+    """How a kdump file is written; `kdump` writes it."""
+
+    bits: int = 64
+    order: str = "<"
+    version: int = 6
+    signature: bytes = b"KDUMP   "
+    page: int = 4096
+    level: int = 0
+    status: int = 0
+    pack: Pack = plain
+    padded: bool = False
+    """As 32-bit machines do that align 64-bit words to 8."""
+    text: bytes = b""
+    notes: bytes = b""
+    split: tuple[int, int] | None = None
+    one_bitmap: bool = False
+    count: int | None = None
+    """max_mapnr, if not what fits."""
+    machine: bytes = b"x86_64"
+
+    def sub_header(self, text_at: int, notes_at: int, count: int) -> bytes:
+        word, gap = ("Q", "") if self.bits == 64 else ("I", "4x" if self.padded else "")
+        first, stop = self.split or (0, 0)
+        parts = [
+            struct.pack(self.order + word + "I", 0, self.level),
+            struct.pack(self.order + "I2" + word + gap, int(self.split is not None), first, stop),
+            struct.pack(self.order + "Q" + word + gap, text_at, len(self.text)),
+            struct.pack(self.order + "Q" + word + gap, notes_at, len(self.notes)),
+            struct.pack(self.order + "Q" + word + gap, 0, 0),
+            struct.pack(self.order + "3Q", first, stop, count),
+        ]
+        return b"".join(parts[: self.version])
+
+
+def _bits(pfns: Iterable[int], size: int) -> bytes:
+    made = bytearray(size)
+    for pfn in pfns:
+        made[pfn >> 3] |= 1 << (pfn & 7)
+    return bytes(made)
+
+
+def kdump(pages: Mapping[int, bytes], how: Kdump, left_out: Iterable[int] = ()) -> bytes:
+    """A file with these pages; `left_out` are pages that the machine has and the file has not."""
+    size, ram = how.page, sorted({*pages, *left_out})
+    count = how.count if how.count is not None else max(ram) + 1
+    blocks = -(-(max(ram) + 1) // 8 // size) or 1
+    bitmaps = (b"" if how.one_bitmap else _bits(ram, blocks * size)) + _bits(pages, blocks * size)
+    low, high = how.split or (0, max(ram) + 1)
+    mine = [pfn for pfn in sorted(pages) if low <= pfn < high]
+    text_at = size + 512
+    notes_at = text_at + len(how.text)
+    sub = how.sub_header(text_at if how.text else 0, notes_at if how.notes else 0, count)
+    sub = sub.ljust(512, b"\0") + how.text + how.notes
+    sub_blocks = -(-len(sub) // size)
+    fields = struct.pack(
+        how.order + "10I", how.status, size, sub_blocks, len(bitmaps) // size, min(count, 0xFFFFFFFF), 0, 0, 0, 0, 1
+    )
+    names = b"".join(name.ljust(65, b"\0") for name in (b"Linux", b"", b"6.1.0", b"", how.machine, b""))
+    head = how.signature + struct.pack(how.order + "I", how.version) + names
+    head = head.ljust(424 if how.bits == 64 else 412, b"\0") + fields
+    at = (1 + sub_blocks) * size + len(bitmaps)
+    data, table = bytes(size), b""
+    start = at + 24 * len(mine)
+    for pfn in mine:
+        if not any(pages[pfn]):
+            table += struct.pack(how.order + "QIIQ", start, size, 0, 0)
+            continue
+        packed, flag = how.pack(pages[pfn])
+        table += struct.pack(how.order + "QIIQ", start + len(data), len(packed), flag, 0)
+        data += packed
+    return head.ljust(size, b"\0") + sub.ljust(sub_blocks * size, b"\0") + bitmaps + table + data
+
+
+def flattened(pieces: Iterable[tuple[int, bytes]], *, ended: bool = True) -> bytes:
+    """makedumpfile's form for pipes."""
+    records = b"".join(struct.pack(">qq", at, len(data)) + data for at, data in pieces)
+    head = b"makedumpfile".ljust(16, b"\0") + struct.pack(">qq", 1, 1)
+    return head.ljust(4096, b"\0") + records + (struct.pack(">qq", -1, -1) if ended else b"")

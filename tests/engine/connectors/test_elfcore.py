@@ -169,7 +169,7 @@ def test_this_machines_own_kcore_opens():
 GOOD = elf_core(TWO, INFO + note(b"CORE", 1, bytes(336)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=8)), max_size=4), st.integers(0, 900))
 def test_a_damaged_header_gives_engine_errors_only(tmp_path_factory, patches, cut):
     content = bytearray(GOOD)
