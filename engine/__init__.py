@@ -38,8 +38,8 @@ _WHERE = {
     "engine.translate.virtual": "VirtualMemory",
     "engine.connector": "Connector Target",
     "engine.oslayer": (
-        "Base CachedFiles HostOwned KernelLog Module OpenFiles OsLayer PhysicalMaps ProcFiles Process Sockets Symbols "
-        "ThreadRegisters"
+        "Base CachedFiles Containers HostOwned KernelConfig KernelLog Module OpenFiles OsLayer PhysicalMaps ProcFiles "
+        "Process Sockets Symbols SystemFiles ThreadRegisters"
     ),
     "engine.machine": "Instance Machine",
     "engine.targets": "open_target",
@@ -65,7 +65,9 @@ if TYPE_CHECKING:
     from engine.memory_map import MemoryMap as MemoryMap
     from engine.oslayer import Base as Base
     from engine.oslayer import CachedFiles as CachedFiles
+    from engine.oslayer import Containers as Containers
     from engine.oslayer import HostOwned as HostOwned
+    from engine.oslayer import KernelConfig as KernelConfig
     from engine.oslayer import KernelLog as KernelLog
     from engine.oslayer import Module as Module
     from engine.oslayer import OpenFiles as OpenFiles
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from engine.oslayer import ProcFiles as ProcFiles
     from engine.oslayer import Sockets as Sockets
     from engine.oslayer import Symbols as Symbols
+    from engine.oslayer import SystemFiles as SystemFiles
     from engine.oslayer import ThreadRegisters as ThreadRegisters
     from engine.targets import open_target as open_target
     from engine.translate.virtual import VirtualMemory as VirtualMemory

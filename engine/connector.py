@@ -7,7 +7,9 @@ To add a connector:
 2. Fill `options_help`: keys that are not in it are refused before `open` is called.
 3. Implement `targets()` if what could be opened can be listed, `hints()` if the source knows registers or
    the like, `pause`/`resume` if it can.
-4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.connectors`.
+4. Name it in `engine/registry.py`, or in your own package as an entry point of the group `cloudfs.connectors`. If
+   its files begin with a magic, add a row to `engine/recognition.py`, or an entry point as it says, and open them by
+   `engine/image_source.py`: split and packed ones then open too.
 5. Run `engine.testing.check_connector` on it; the suite in `tests/engine` picks it up from the registry.
 """
 
@@ -46,6 +48,8 @@ class Connector(ABC):
     """The OS layer that is opened as parent where none is named; None: it needs no parent."""
     options_help: ClassVar[Mapping[str, str]] = {}
     """Option key → one line of help."""
+    opens_packed: ClassVar[bool] = False
+    """Whether its target may be a file that is packed or split: it opens it by `engine.image_source`."""
 
     @classmethod
     @abstractmethod

@@ -33,6 +33,8 @@ class FaultKind(enum.IntEnum):
     """Its page-table entry is none that the paging mode knows."""
     NOT_WALKED = 10
     """Of a listing of page tables: not looked into, since they repeat or exceed all bounds."""
+    GUARD = 11
+    """A guard: no access of the target is let through, and none finds a page."""
 
 
 class EngineError(Exception):
@@ -73,6 +75,7 @@ class FaultError(EngineError):
             FaultKind.TABLE: "its page table cannot be read",
             FaultKind.MALFORMED: "its page-table entry is malformed",
             FaultKind.NOT_WALKED: "its page tables were not walked",
+            FaultKind.GUARD: "it lies in a guard page",
         }[self.kind]
         return f"address {self.address:#x} cannot be accessed: {self.detail or why}"
 

@@ -28,7 +28,7 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.mounts import Backing, backing_of_type, filesystem_of
 
@@ -53,7 +53,7 @@ class Lease:
 
     __slots__ = ("__weakref__", "_callbacks", "_descriptor", "_ending", "_pins", "_state", "held")
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int | None) -> None:
         """`descriptor`, with a lease already on it, belongs to this object from now on."""
         self.held = True
         """Whether the file is as it was: false before any writer gets in."""
@@ -154,6 +154,32 @@ class Lease:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+class JointLease(Lease):
+    """The leases of several files as one: it ends with the first of them, before that one's writer gets in."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Lease]) -> None:
+        super().__init__(None)
+        self._parts = tuple(parts)
+        _watcher.add(self)  # so that a forked child disowns it
+        for part in self._parts:
+            if not part.on_break(self._part_ends):
+                self._part_ends()
+
+    def _part_ends(self) -> None:
+        with self._state:
+            self.held = False
+        self._end()
+
+    def release(self) -> None:
+        """See `Lease.release`: of every part."""
+        with self._state:
+            self.held = False
+        for part in self._parts:
+            part.release()
 
 
 class _Watcher:

@@ -95,6 +95,8 @@ class Instance:
     def lease(self) -> Lease | None:
         """What it hangs on that nothing changes, its own or of what it stands on; None: on nothing that could end."""
         connector, parent = self.current_connector, self.parent
+        if self.opened_live:
+            return None
         own = None if connector is None else connector.lease
         return parent.lease if own is None and parent is not None else own
 
@@ -337,18 +339,20 @@ class Machine:
         spec = opening.spec
         plugin = registry.load_connector(spec.plugin)
         check_options(spec, {**plugin.options_help, **middleware.OPTIONS_HELP})
+        middleware.check(spec.options)
+        overlaid = middleware.overlaid(spec.options)
         own = {key: value for key, value in spec.options.items() if key not in middleware.OPTIONS_HELP}
         with contextlib.ExitStack() as failed:
             if opening.parent is None and plugin.default_parent is not None:
                 failed.callback(self._leave_parent, opening, self._stand_on_default(opening, plugin.default_parent))
             layer = None if opening.parent is None else opening.parent.layer
-            opened = plugin.open(spec.target, own, parent=layer, writable=self.writable)
+            opened = plugin.open(spec.target, own, parent=layer, writable=self.writable and not overlaid)
             failed.callback(opened.close)
             memory = middleware.wrap(opened.memory, spec.options)
             info = opened.info
             failed.pop_all()
         made = Instance("connector", opening.name, spec, opening.parent, None, opened, memory)
-        made.opened_live, made.writable = info.live, info.writable
+        made.opened_live, made.writable = info.live or overlaid, info.writable or overlaid
         return made
 
     def _stand_on_default(self, opening: Opening, plugin: str) -> Instance | None:

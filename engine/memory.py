@@ -264,6 +264,14 @@ class Memory(ABC):
         """
         return self
 
+    def for_tables(self) -> Memory:
+        """The same bytes for whoever walks page tables in them: a slow source may answer what it read a while ago."""
+        return self
+
+    def for_constants(self) -> Memory:
+        """The same bytes for whoever reads them through a mapping that must not be written to; as `for_tables`."""
+        return self
+
     def u8(self, address: int) -> int:
         """The byte at `address`."""
         return self.read(address, 1)[0]

@@ -285,6 +285,11 @@ class MappedMemory(Memory):
         entry = self._ranges[index]
         return self.source.borrow(entry.real_base + address - entry.base, size)
 
+    def cached(self) -> Memory:
+        """See `Memory.cached`: over one of the source, where that keeps anything."""
+        source = self.source.cached()
+        return self if source is self.source else MappedMemory(source, self.memory_map)
+
     @property
     def words_are_cheap(self) -> bool:
         """As of the source."""

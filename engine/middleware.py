@@ -1,19 +1,30 @@
 """Middleware: option keys that every connector knows, since they wrap the memory that it gives.
 
 `metrics=yes` counts reads, writes, bytes, faults and the time they take; `info` shows the figures.
+`overlay=cow` takes writes into pages of its own: the target is opened read-only and never touched.
+`cache=tables|read-only|all` keeps pages for `lifetime=` seconds, for sources that are slow to ask.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
 
 from engine.errors import FaultError, InvalidArgumentError
 from engine.memory import Addresses, Data, Faults, Memory, Rows
+from engine.overlay import OverlayMemory
+from engine.page_cache import KINDS, KindCache
 from engine.types import Extent
 
-OPTIONS_HELP = {"metrics": "yes: count reads, writes, bytes, faults and time; shown in info"}
+OPTIONS_HELP = {
+    "metrics": "yes: count reads, writes, bytes, faults and time; shown in info",
+    "overlay": "cow: what is written stays here, the target is never touched",
+    "cache": "tables, read-only or all: pages of that kind may be as old as lifetime= (none)",
+    "lifetime": "seconds for which cache= keeps a page (1)",
+}
+LIFETIME_MOST = 3600.0
 
 
 def truth(key: str, value: str) -> bool:
@@ -25,11 +36,65 @@ def truth(key: str, value: str) -> bool:
     return found
 
 
+def overlaid(options: Mapping[str, str]) -> bool:
+    """Whether writes stay here. Raises InvalidArgumentError for other words than cow and none."""
+    word = options.get("overlay", "none")
+    if word not in ("cow", "none"):
+        raise InvalidArgumentError(f"overlay={word}: want cow or none")
+    return word == "cow"
+
+
+def check(options: Mapping[str, str]) -> None:
+    """Raise InvalidArgumentError where one of these options is wrong: before anything is opened."""
+    overlaid(options)
+    truth("metrics", options.get("metrics", "no"))
+    _cache_of(options)
+
+
+def _cache_of(options: Mapping[str, str]) -> tuple[str, float]:
+    kept, word = options.get("cache", "none"), options.get("lifetime", "1")
+    if kept not in ("none", *KINDS):
+        raise InvalidArgumentError(f"cache={kept}: want none, {', '.join(KINDS)}")
+    if "lifetime" in options and kept == "none":
+        raise InvalidArgumentError("lifetime= wants cache=")
+    try:
+        lifetime = float(word)
+    except ValueError:
+        lifetime = -1.0
+    if not 0 < lifetime <= LIFETIME_MOST:
+        raise InvalidArgumentError(f"lifetime={word}: want seconds up to {LIFETIME_MOST:g}")
+    return kept, lifetime
+
+
 def wrap(memory: Memory, options: Mapping[str, str]) -> Memory:
-    """`memory` behind what the reserved keys in `options` ask for."""
-    if "metrics" in options and truth("metrics", options["metrics"]):
+    """`memory` behind what the reserved keys in `options` ask for. Raises InvalidArgumentError as `check`."""
+    kept, lifetime = _cache_of(options)
+    if kept != "none":
+        memory = KindCache(memory, kept, lifetime)
+    if overlaid(options):
+        memory = OverlayMemory(memory)
+    if truth("metrics", options.get("metrics", "no")):
         memory = MeteredMemory(memory)
     return memory
+
+
+def notes(memory: Memory) -> Iterator[str]:
+    """What there is to say of the wrappers around a connector's memory, sentences for a person."""
+    if isinstance(memory, MeteredMemory):
+        yield from notes(memory.memory)
+    elif isinstance(memory, OverlayMemory):
+        yield f"overlay: {memory.written} pages were written to here, none of the target"
+        yield from notes(memory.memory)
+    elif isinstance(memory, KindCache):
+        yield f"cache: {memory.cache.hits} pages answered from it, {memory.cache.misses} read"
+
+
+SHORTEST = 1e-7
+"""Seconds: what is faster is not told apart."""
+STEP = 1.2
+LOG_STEP = math.log(STEP)
+BUCKETS = 110
+"""From 0.1 µs, each a fifth longer than the one before, to 50 s."""
 
 
 class MeteredMemory(Memory):
@@ -42,16 +107,31 @@ class MeteredMemory(Memory):
         self._lock = threading.Lock()
         self._figures = dict.fromkeys(("reads", "bytes_read", "writes", "bytes_written", "faults"), 0)
         self._seconds = 0.0
+        self._took = [0] * BUCKETS
 
-    def figures(self) -> dict[str, int | float]:
-        """Counts since it was opened, and `seconds` spent in the memory below."""
+    def figures(self) -> dict[str, int | float | None]:
+        """Counts since it was opened, `seconds` spent in the memory below, and percentiles of one call.
+
+        The percentiles are microseconds, upper bounds that are at most a fifth too high; None before the first call.
+        """
         with self._lock:
-            return {**self._figures, "seconds": round(self._seconds, 6)}
+            found = {f"p{share}_us": self._percentile(share) for share in (50, 90, 99)}
+            return {**self._figures, "seconds": round(self._seconds, 6), **found}
+
+    def _percentile(self, share: int) -> float | None:
+        wanted, seen = sum(self._took) * share / 100, 0
+        for bucket, count in enumerate(self._took):
+            seen += count
+            if seen and seen >= wanted:
+                return float(f"{1e6 * SHORTEST * STEP**bucket:.3g}")
+        return None
 
     def _count(self, begun: float, faults: int = 0, **figures: int) -> None:
         took = time.perf_counter() - begun
+        bucket = 0 if took <= SHORTEST else min(BUCKETS - 1, 1 + int(math.log(took / SHORTEST) / LOG_STEP))
         with self._lock:
             self._seconds += took
+            self._took[bucket] += 1
             self._figures["faults"] += faults
             for name, number in figures.items():
                 self._figures[name] += number
@@ -125,6 +205,16 @@ class MeteredMemory(Memory):
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
         """See `Memory.extents`."""
         return self.memory.extents(start, stop)
+
+    def for_tables(self) -> Memory:
+        """See `Memory.for_tables`; what is kept there is not counted."""
+        found = self.memory.for_tables()
+        return self if found is self.memory else found
+
+    def for_constants(self) -> Memory:
+        """See `Memory.for_constants`; what is kept there is not counted."""
+        found = self.memory.for_constants()
+        return self if found is self.memory else found
 
     def cached(self) -> Memory:
         """See `Memory.cached`."""

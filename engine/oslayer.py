@@ -126,6 +126,13 @@ class Process(Capable):
         info = self.info
         return info.pid, info.start_ticks, info.object
 
+    def check(self) -> None:
+        """Raise ProcessExitedError where it has ended: else its memory was its own until now.
+
+        Overridden where that can be told at less cost than by its name.
+        """
+        _ = self.name
+
     @property
     @abstractmethod
     def memory(self) -> Memory:
@@ -230,6 +237,34 @@ class ProcFiles(ABC):
     @abstractmethod
     def thread(self, tid: int) -> ProcFiles:
         """The same files of one of its threads (/proc/PID/task/TID)."""
+
+
+class SystemFiles(ABC):
+    """Of an OsLayer: files of the whole system in the format of Linux's /proc (proc(5))."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Which files there are, as paths below /proc: version, uptime, sys/kernel/hostname and others."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The whole of one file. Raises NotFoundError where it is none of `names`, or cannot be read."""
+
+
+class KernelConfig(ABC):
+    """Of an OsLayer: the configuration that its kernel was built with."""
+
+    @abstractmethod
+    def config(self) -> bytes:
+        """The text of the configuration. Raises NotFoundError where the kernel does not carry it."""
+
+
+class Containers(ABC):
+    """Of an OsLayer: the containers that its processes are in."""
+
+    @abstractmethod
+    def containers(self) -> Mapping[str, tuple[int, ...]]:
+        """Identifier of each container → the PIDs in it, ascending."""
 
 
 class PhysicalMaps(ABC):

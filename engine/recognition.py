@@ -32,6 +32,8 @@ class Format:
     """The plugin that opens it; None: there is none yet."""
     advice: str = ""
     """What a person can do where there is none: a clause in which {path} stands for the file."""
+    packing: str = ""
+    """How a file is packed in which something else is to be recognised; see `engine.image_source`."""
 
     def matches(self, head: bytes) -> bool:
         """Whether a file that begins with `head` is one."""
@@ -50,21 +52,20 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"MDMP", "a Windows minidump", advice="it holds one process, not physical memory"),
     Format(0, b"hibr", "a Windows hibernation file"),
     Format(0, b"HIBR", "a Windows hibernation file"),
-    Format(0, b"\xd2\xbe\xd2\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd3\xbe\xd3\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd0\xbe\xd2\xbe", "the state of a VMware machine"),
-    Format(0, b"\xd1\xba\xd1\xba", "the state of a VMware machine"),
+    *(Format(0, bytes.fromhex(magic), "the state of a VMware machine", "vmware")
+      for magic in ("d0bed0be", "d0bed2be", "d2bed2be", "d3bed3be", "d1bad1ba", "d2bad2ba")),
+    Format(0, bytes.fromhex("9edd4389"), "a file of an encrypted VMware machine", advice="decrypt the machine first"),
     Format(0, b"QEVM", "a saved state of QEMU", advice="`dump-guest-memory` of its monitor writes the memory alone"),
     Format(0, b"LibvirtQemudSave", "a saved state of libvirt", advice="`virsh dump --memory-only` writes the memory"),
     Format(0, b"\x7fVirtualBox Saved", "a saved state of VirtualBox",
            advice="`VBoxManage debugvm NAME dumpvmcore` writes the memory alone"),
     Format(0, b"EVF\x09\x0d\x0a\xff\x00", "an EnCase image", advice="`ewfexport {path}` writes what is in it"),
-    Format(0, b"\x1f\x8b\x08", "a gzip file", advice="unpack it: gzip -dk {path}"),
-    Format(0, b"\xfd7zXZ\0", "an xz file", advice="unpack it: xz -dk {path}"),
-    Format(0, b"\x28\xb5\x2f\xfd", "a Zstandard file", advice="unpack it: zstd -d {path}"),
-    Format(0, b"\x04\x22\x4d\x18", "an lz4 file", advice="unpack it: lz4 -d {path}"),
-    Format(4, b"1AY&SY", "a bzip2 file", advice="unpack it: bzip2 -dk {path}"),
-    Format(0, b"PK\x03\x04", "a ZIP file", advice="unpack it: unzip {path}"),
+    Format(0, b"\x1f\x8b\x08", "a gzip file", advice="unpack it: gzip -dk {path}", packing="gzip"),
+    Format(0, b"\xfd7zXZ\0", "an xz file", advice="unpack it: xz -dk {path}", packing="xz"),
+    Format(0, b"\x28\xb5\x2f\xfd", "a Zstandard file", advice="unpack it: zstd -d {path}", packing="zstd"),
+    Format(0, b"\x04\x22\x4d\x18", "an lz4 file", advice="unpack it: lz4 -d {path}", packing="lz4"),
+    Format(4, b"1AY&SY", "a bzip2 file", advice="unpack it: bzip2 -dk {path}", packing="bzip2"),
+    Format(0, b"PK\x03\x04", "a ZIP file", advice="unpack it: unzip {path}", packing="zip"),
     Format(0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip file", advice="unpack it: 7z x {path}"),
     Format(0, b"Rar!\x1a\x07", "a RAR file", advice="unpack it: unrar x {path}"),
     Format(257, b"ustar", "a tar archive", advice="unpack it: tar xf {path}"),
@@ -72,6 +73,10 @@ FORMATS: tuple[Format, ...] = (
     Format(0, b"KDMV", "a VMware disk image", advice="it holds a disk, not memory"),
 )  # fmt: skip
 """Files whose bytes are not memory as it stands; one with a connector goes before one without."""
+
+
+SUFFIXES = {".vmem": "vmware"}
+"""Files that have no magic, and whose connector looks for others beside them: by what their names end with."""
 
 
 def announced_formats() -> Iterator[Format]:
@@ -100,3 +105,8 @@ def recognise(head: bytes) -> Format | None:
             return row
     theirs = next((row for row in announced_formats() if row.matches(head)), None)
     return theirs or next(iter(own), None)
+
+
+def connector_by_name(path: str) -> str | None:
+    """The connector for a file whose content says nothing, by its name."""
+    return next((plugin for suffix, plugin in SUFFIXES.items() if path.lower().endswith(suffix)), None)

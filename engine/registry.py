@@ -8,7 +8,10 @@ itself alone, and `statuses` says why.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -23,10 +26,12 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
     "connector": {
         "dummy": "engine.connectors.dummy:DummyConnector",
         "elfcore": "engine.connectors.elfcore:ElfCoreConnector",
+        "gdb": "engine.connectors.gdb:GdbConnector",
         "kdump": "engine.connectors.kdump:KdumpConnector",
         "lime": "engine.connectors.lime:LimeConnector",
         "qemu": "engine.connectors.qemu:QemuConnector",
         "raw": "engine.connectors.raw:RawConnector",
+        "vmware": "engine.connectors.vmware:VmwareConnector",
     },
     "oslayer": {
         "linux": "engine.oslayers.linux:LinuxLayer",
@@ -67,13 +72,29 @@ def _built_in(kind: Kind) -> Iterator[Plugin]:
         yield Plugin(name, kind, where, "built in")
 
 
-def _announced(kind: Kind) -> Iterator[Plugin]:
+def _announced(kind: Kind) -> tuple[Plugin, ...]:
+    return _entry_points(kind, tuple((path, _changed(path)) for path in sys.path))
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except (OSError, ValueError):
+        return 0
+
+
+@functools.lru_cache(maxsize=len(_GROUPS))
+def _entry_points(kind: Kind, where: tuple[tuple[str, int], ...]) -> tuple[Plugin, ...]:
+    """Kept for as long as nothing is installed or removed `where` Python looks."""
     # 20 ms to import, and only needed for what is not built in.
     from importlib.metadata import entry_points
 
+    del where
+    found = []
     for entry in entry_points(group=_GROUPS[kind]):
         brought_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
-        yield Plugin(entry.name, kind, entry.value, brought_by)
+        found.append(Plugin(entry.name, kind, entry.value, brought_by))
+    return tuple(found)
 
 
 def plugins(kind: Kind) -> list[Plugin]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import shlex
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,31 +16,47 @@ from itertools import pairwise
 from engine import chain, registry
 from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedError
 from engine.file_memory import open_descriptor
+from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
-from engine.recognition import HEAD_SIZE, Format, recognise
+from engine.recognition import HEAD_SIZE, Format, connector_by_name, recognise
 
 Link = tuple[Kind, chain.Spec]
 
 def image_link(path: str) -> Link:
-    """How to open an image file, by its content. Raises NotRecognisedError for what no connector opens."""
+    """How to open an image file, by its content, also where it is split or packed.
+
+    Raises NotRecognisedError for what no connector opens.
+    """
     try:
         with open(path, "rb", opener=_open_regular) as file:
             head = file.read(HEAD_SIZE)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
     found = recognise(head)
+    inside: dict[str, str] = {}
+    if is_split(path) or (found is not None and found.packing):
+        outer = found
+        with contextlib.closing(open_source(path, {}, writable=False)) as source:
+            found, inside = recognise(source.head()), {"inside": "yes"}
+        if found is not None and found.connector is not None:
+            _check_packed(path, outer, found, found.connector)
+    if found is None and (connector := connector_by_name(path)) is not None:
+        return "connector", chain.Spec(connector, path)
     if found is None:
-        return "connector", chain.Spec("raw", path)
+        return "connector", chain.Spec("raw", path, inside)
     if found.connector is None:
-        raise NotRecognisedError(_not_opened(path, found))
+        sentence = not_opened(path, found, "which no installed connector reads")
+        raise NotRecognisedError(f"{sentence}; {chain.Spec('raw', path)} shows its bytes")
     return "connector", chain.Spec(found.connector, path)
 
 
-def _not_opened(path: str, found: Format) -> str:
-    advice = found.advice.replace("{path}", shlex.quote(path))
-    what_to_do = f"; {advice}" if advice else ""
-    as_is = chain.Spec("raw", path)
-    return f"{path} is {found.what}, which no installed connector reads{what_to_do}; {as_is} shows its bytes"
+def _check_packed(path: str, outer: Format | None, found: Format, connector: str) -> None:
+    """Raise NotRecognisedError where the connector of what is inside cannot open it as it is packed."""
+    if outer is None or not outer.packing:
+        return  # how its parts are joined it may know better
+    if not registry.load_connector(connector).opens_packed:
+        why = f"with {found.what} in it, which the connector {connector} does not read in place"
+        raise NotRecognisedError(not_opened(path, outer, why))
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -100,6 +100,10 @@ class PhysicalMap:
         return self.start + self.size
 
 
+PAGE_TABLES = "page tables"
+"""`Region.source` of what the page tables alone tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """One mapped range of a process, as a line of /proc/PID/maps tells it (proc_pid_maps(5))."""
@@ -107,11 +111,15 @@ class Region:
     start: int
     size: int
     rights: Rights
-    shared: bool = False
+    shared: bool | None = False
+    """None where it is not known."""
     offset: int = 0
     device: tuple[int, int] = (0, 0)
     inode: int = 0
     path: str = ""
+    source: str | None = None
+    """Where it is known from, if not from the OS's own list: `PAGE_TABLES`. Then `offset`, `device` and `inode` say
+    nothing, pages that are not in memory are in no region, and one may be part of a mapping, or of several."""
 
     @property
     def stop(self) -> int:
@@ -120,13 +128,18 @@ class Region:
 
     @property
     def permissions(self) -> str:
-        """Four characters as /proc/PID/maps prints them: `rw-p`."""
+        """Four characters as /proc/PID/maps prints them: `rw-p`; the last is `?` where it is not known."""
         return (
             ("r" if self.rights & Rights.READ else "-")
             + ("w" if self.rights & Rights.WRITE else "-")
             + ("x" if self.rights & Rights.EXECUTE else "-")
-            + ("s" if self.shared else "p")
+            + ("?" if self.shared is None else "s" if self.shared else "p")
         )
+
+    @property
+    def shown_path(self) -> str:
+        """The path as lists for people have it: `[page tables]` where nothing else tells of it."""
+        return self.path or (f"[{self.source}]" if self.source else "")
 
     @property
     def device_text(self) -> str:
@@ -333,7 +346,14 @@ class OsInfo:
     kernel_base: int | None = None
     dtb: int | None = None
     boot_time: float | None = None
+    """Seconds since 1970 UTC, by the target's own clock."""
+    time: float | None = None
+    """What that clock says, seconds since 1970 UTC; of a dump when it was made."""
+    uptime: float | None = None
+    """Seconds since boot, suspended time included."""
     hostname: str | None = None
+    command_line: str | None = None
+    """What the kernel was started with."""
     live: bool = False
     writable: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)

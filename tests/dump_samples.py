@@ -106,3 +106,40 @@ def masked_crc32c(data: bytes) -> int:
         crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# ---- VMware: after descriptions by others; no file that VMware has written was to be had ---------------------------
+
+
+def vmss_tag(name: str, indices: tuple[int, ...], value: bytes) -> bytes:
+    """A tag with a short value."""
+    head = bytes([len(indices) << 6 | len(value), len(name)]) + name.encode()
+    return head + struct.pack(f"<{len(indices)}I", *indices) + value
+
+
+def vmss_block(name: str, indices: tuple[int, ...], data: bytes, padding: int = 0, *, kind: int = 63) -> bytes:
+    """A tag with a block for a value; 62 for `kind` is a compressed one."""
+    head = bytes([len(indices) << 6 | kind, len(name)]) + name.encode() + struct.pack(f"<{len(indices)}I", *indices)
+    return head + struct.pack("<QQH", len(data), len(data), padding) + bytes(padding) + data
+
+
+def vmss_memory(regions: Iterable[tuple[int, int, int]]) -> list[bytes]:
+    """Tags of the group memory: (page frame, page in the memory's file, pages)."""
+    rows = list(regions)
+    tags = [vmss_tag("align_mask", (), struct.pack("<I", 0xFFFF))]
+    tags.append(vmss_tag("regionsCount", (), struct.pack("<I", len(rows))))
+    for index, row in enumerate(rows):
+        for name, value in zip(("regionPPN", "regionPageNum", "regionSize"), row, strict=True):
+            tags.append(vmss_tag(name, (index,), struct.pack("<I", value)))
+    return tags
+
+
+def vmss_file(groups: dict[str, list[bytes]], magic: int = 0xBED2BED2) -> bytes:
+    """A state file: the table of groups, then the tags of each."""
+    table, body = b"", b""
+    at = 12 + 80 * len(groups)
+    for name, tags in groups.items():
+        data = b"".join(tags) + b"\0\0"
+        table += struct.pack("<64sQQ", name.encode(), at + len(body), len(data))
+        body += data
+    return struct.pack("<III", magic, 8, len(groups)) + table + body

@@ -12,7 +12,7 @@ import engine
 
 FACE = {
     "AccessDeniedError", "AlreadyExistsError", "BadDataError", "Base", "BytesMemory", "CachedFileInfo",
-    "CachedFiles", "Connector",
+    "CachedFiles", "Connector", "Containers", "KernelConfig", "SystemFiles",
     "ConnectorClosedError", "ConnectorInfo", "EngineError", "ExportInfo", "Extent", "FaultError", "FaultKind",
     "Faults", "FileMemory", "HostOwned", "ImportInfo", "Instance", "InvalidArgumentError", "KernelLog", "LogRecord",
     "Machine", "MapRange", "MappedMemory", "Memory", "MemoryMap", "MemoryWindow", "Module", "ModuleInfo",

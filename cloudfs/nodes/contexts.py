@@ -262,7 +262,7 @@ def _weigh_list(found: dict[str, N]) -> int:
 
 def region_name(region: Region) -> str:
     """`START-STOP.PERMS.NAME`: addresses as in maps, the file's base name or the kernel's word for it."""
-    path = region.path or "[anon]"
+    path = region.shown_path or "[anon]"
     name = path.rsplit("/", 1)[1] if path.startswith("/") else path
     return file_name(f"{region.start:08x}-{region.stop:08x}.{region.permissions}.{name}")
 

@@ -19,8 +19,9 @@ def maps_line(region: Region) -> str:
         f"{region.start:08x}-{region.stop:08x} {region.permissions} {region.offset:08x} "
         f"{region.device_text} {region.inode} "
     )
-    if region.path:
-        line = line.ljust(MAPS_PATH_COLUMN - 1) + " " + region.path.replace("\n", "\\012")
+    path = region.shown_path
+    if path:
+        line = line.ljust(MAPS_PATH_COLUMN - 1) + " " + path.replace("\n", "\\012")
     return line + "\n"
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cloudfs.render.values import address_text, plain, time_text
+from engine import middleware
 from engine.connector import Target
 from engine.errors import NotRecognisedError
 from engine.machine import Instance
@@ -56,15 +57,20 @@ def thread_record(info: ThreadInfo) -> Record:
 
 
 def region_record(region: Region) -> Record:
-    """The keys of `maps`. `offset` is hexadecimal too: of /dev/mem it is a physical address."""
+    """The keys of `maps`. `offset` is hexadecimal too: of /dev/mem it is a physical address.
+
+    `source` is null for mappings that the OS lists; of others `offset`, `device` and `inode` are not known.
+    """
+    listed = region.source is None
     return {
         "start": address_text(region.start),
         "stop": address_text(region.stop),
         "permissions": region.permissions,
-        "offset": address_text(region.offset),
-        "device": region.device_text,
-        "inode": region.inode,
-        "path": region.path,
+        "offset": address_text(region.offset) if listed else None,
+        "device": region.device_text if listed else None,
+        "inode": region.inode if listed else None,
+        "path": region.path if listed else region.path or None,
+        "source": region.source,
     }
 
 
@@ -158,7 +164,10 @@ def os_record(info: OsInfo, processes: int | None = None) -> Record:
         "kernel_base": address_text(info.kernel_base),
         "dtb": address_text(info.dtb),
         "boot_time": time_text(info.boot_time),
+        "time": time_text(info.time),
+        "uptime": info.uptime,
         "hostname": info.hostname,
+        "command_line": info.command_line,
         "processes": processes,
         "skipped": dict(info.skipped),
         "live": info.live,
@@ -182,6 +191,9 @@ def instance_record(instance: Instance) -> Record:
     """
     if instance.kind == "connector":
         own = connector_record(instance.connector.info)
+        if instance.memory_view is not None:
+            own["writable"] = own["writable"] or instance.writable
+            own["notes"] = [*own["notes"], *middleware.notes(instance.memory_view)]
     else:
         own = {**os_record(instance.layer.info, process_count(instance)), "live": instance.live}
     record: Record = {"name": instance.name, **own}

@@ -16,22 +16,33 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_json(value: Any) -> str:
-    r"""One JSON document, ending in a newline, ASCII only.
+    r"""One JSON document, ending in a newline, ASCII only, indented by two as `json.dumps` does it.
 
     Bytes that are no UTF-8 stand as a backslash and three octal digits: most readers refuse lone surrogates.
     """
-    text = json.dumps(_without_surrogates(value), indent=2)
-    return text + "\n"
+    return _indented(value, "\n") + "\n"
 
 
-def _without_surrogates(value: Any) -> Any:
+def _indented(value: Any, line: str) -> str:
+    # json.dumps(indent=) makes a few functions that know one another at each call: rubbish for the collector of cycles,
+    # which a daemon that renders thousands of files would hold megabytes of. Without indent= it is C and makes none.
+    inner = line + "  "
+    if isinstance(value, Mapping) and value:
+        pairs = (f"{_leaf(_key(key))}: {_indented(part, inner)}" for key, part in value.items())
+        return f"{{{inner}{f',{inner}'.join(pairs)}{line}}}"
+    if isinstance(value, list | tuple) and value:
+        return f"[{inner}{f',{inner}'.join(_indented(part, inner) for part in value)}{line}]"
+    return "{}" if isinstance(value, Mapping) else _leaf(value)
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else json.dumps(key)
+
+
+def _leaf(value: Any) -> str:
     if isinstance(value, str):
-        return _LONE_SURROGATE.sub(lambda match: escape_terminal(match[0]), value)
-    if isinstance(value, Mapping):
-        return {_without_surrogates(key): _without_surrogates(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_surrogates(part) for part in value]
-    return value
+        value = _LONE_SURROGATE.sub(lambda match: escape_terminal(match[0]), value)
+    return json.dumps(value)
 
 
 def cell_text(value: Any) -> str:

@@ -18,10 +18,11 @@ import numpy as np
 
 from engine.connector import Connector
 from engine.errors import BadDataError, FaultError, InvalidArgumentError, NotRecognisedError, UnusableTargetError
-from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.file_memory import FRESHNESS_HELP
 from engine.formats.crash_notes import hints_of, is_of_process
 from engine.formats.elf import ElfFile, Note, Segment, parse_notes
 from engine.formats.elf.records import ET_CORE, PT_LOAD, PT_NOTE, parse_segments, segment_size
+from engine.image_source import ImageSource, open_source
 from engine.leases import Lease
 from engine.memory import Addresses, Faults, Memory, Pieces, Rows
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
@@ -41,7 +42,7 @@ _KINDS = {0: "no type", 1: "a relocatable object", 2: "an executable", 3: "a sha
 class WithZeros(Memory):
     """A file, and zeros behind all that a file can hold."""
 
-    def __init__(self, file: FileMemory) -> None:
+    def __init__(self, file: Memory) -> None:
         self.file = file
 
     @property
@@ -102,7 +103,7 @@ class CoreMemory(MappedMemory):
 
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`; None where there are zeros that lie nowhere."""
-        return super().pieces() if isinstance(self.source, FileMemory) else None
+        return None if isinstance(self.source, WithZeros) else super().pieces()
 
 
 class ElfCoreConnector(Connector):
@@ -111,13 +112,14 @@ class ElfCoreConnector(Connector):
     kind = "elfcore"
     summary = "an ELF core of a machine: vmcore, QEMU, libvirt, VirtualBox, /proc/kcore"
     options_help = dict(FRESHNESS_HELP)
+    opens_packed = True
 
-    def __init__(self, file: FileMemory, held: MemoryMap, left_out: list[MapRange], hints: TargetHints) -> None:
-        self._file = file
+    def __init__(self, image: ImageSource, held: MemoryMap, left_out: list[MapRange], hints: TargetHints) -> None:
+        self._image = image
         self._held = held
         self._hints = hints
         self.notes: list[str] = []
-        source: Memory = WithZeros(file) if left_out else file
+        source = WithZeros(image.memory) if left_out else image.memory
         whole = MemoryMap([*held.ranges, *left_out]) if left_out else held
         self._memory = CoreMemory(source, whole)
 
@@ -128,32 +130,33 @@ class ElfCoreConnector(Connector):
             raise InvalidArgumentError("elfcore stands on a file of this host, not on an OS layer: leave -c out")
         if not target:
             raise InvalidArgumentError("elfcore wants a file: elfcore:PATH")
-        file = open_image(target, options, writable=False)
+        image = open_source(target, options, writable=False)
         try:
-            return cls._of(file)
+            return cls._of(image)
         except FaultError as error:
             raise UnusableTargetError(f"{target} cannot be opened as an ELF core: {error}") from None
 
     @classmethod
-    def _of(cls, file: FileMemory) -> Self:
+    def _of(cls, image: ImageSource) -> Self:
+        file = image.memory
         elf = ElfFile(file)
         kind = elf.header.kind
         if kind != ET_CORE:
             what = _KINDS.get(kind, f"type {kind:#x}")
-            raise NotRecognisedError(f"{file.path} is an ELF file but no core of a machine: its type says {what}")
-        warnings: list[str] = []
+            raise NotRecognisedError(f"{image.path} is an ELF file but no core of a machine: its type says {what}")
+        warnings = list(image.notes)
         segments = _segments(elf, warnings)
         notes = _notes(file, segments, elf.header.order, warnings)
         loads = [segment for segment in segments if segment.kind == PT_LOAD and _is_physical(segment)]
         if is_of_process(notes) or not _tells_addresses(loads):
             raise NotRecognisedError(
-                f"{file.path} is the core of a process, not of a machine: its segments have no physical addresses"
+                f"{image.path} is the core of a process, not of a machine: its segments have no physical addresses"
             )
         hints = hints_of(notes, elf.header.architecture, elf.header.order)
         held, left_out = _placed(loads, file.size, zeros=hints.vmcoreinfo is not None, warnings=warnings)
         if not held:
-            raise UnusableTargetError(f"{file.path} holds no memory: it has {len(loads)} segments, all of them empty")
-        made = cls(file, MemoryMap(held), left_out, hints)
+            raise UnusableTargetError(f"{image.path} holds no memory: it has {len(loads)} segments, all of them empty")
+        made = cls(image, MemoryMap(held), left_out, hints)
         made.notes = warnings
         return made
 
@@ -172,19 +175,19 @@ class ElfCoreConnector(Connector):
         """See `Connector.info`."""
         return ConnectorInfo(
             kind=self.kind,
-            target=self._file.path,
+            target=self._image.path,
             size=self._memory.size,
             real_size=self._held.real_size,
-            live=not self._file.immutable,
+            live=not self._image.immutable,
             writable=False,
             notes=tuple(self.notes),
-            freshness=self._file.freshness,
+            freshness=self._image.freshness,
         )
 
     @property
     def lease(self) -> Lease | None:
         """See `Connector.lease`."""
-        return self._file.lease
+        return self._image.lease
 
     def hints(self) -> TargetHints:
         """See `Connector.hints`: registers and VMCOREINFO as the notes tell them."""
@@ -192,7 +195,7 @@ class ElfCoreConnector(Connector):
 
     def close(self) -> None:
         """See `Connector.close`."""
-        self._file.close()
+        self._image.close()
 
 
 def _segments(elf: ElfFile, warnings: list[str]) -> list[Segment]:
@@ -210,7 +213,7 @@ def _segments(elf: ElfFile, warnings: list[str]) -> list[Segment]:
     return list(parse_segments(table, header))
 
 
-def _notes(file: FileMemory, segments: list[Segment], order: str, warnings: list[str]) -> list[Note]:
+def _notes(file: Memory, segments: list[Segment], order: str, warnings: list[str]) -> list[Note]:
     """The notes of all PT_NOTE segments; those that the file no longer has are left out."""
     found: list[Note] = []
     room = NOTES_LIMIT

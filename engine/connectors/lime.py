@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from typing import Self
 
-from engine.block_memory import BlockMemory
+from engine.block_memory import STORE_LIMIT, BlockMemory
 from engine.connector import Connector
 from engine.decoders import decoder
 from engine.errors import InvalidArgumentError, NotRecognisedError
-from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.file_memory import FRESHNESS_HELP
 from engine.formats.avml import AvmlBlocks, avml_records
 from engine.formats.lime import AVML, Records, lime_records, version_of
+from engine.image_source import ImageSource, open_source
 from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
@@ -37,9 +38,10 @@ class LimeConnector(Connector):
     kind = "lime"
     summary = "an image of LiME or AVML: ranges of physical memory behind headers"
     options_help = FRESHNESS_HELP
+    opens_packed = True
 
-    def __init__(self, file: FileMemory, memory: Memory, memory_map: MemoryMap, notes: tuple[str, ...]) -> None:
-        self._file = file
+    def __init__(self, source: ImageSource, memory: Memory, memory_map: MemoryMap, notes: tuple[str, ...]) -> None:
+        self._source = source
         self._memory = memory
         self._memory_map = memory_map
         self._notes = notes
@@ -51,28 +53,28 @@ class LimeConnector(Connector):
             raise InvalidArgumentError("lime stands on a file of this host, not on an OS layer: leave -c out")
         if not target:
             raise InvalidArgumentError("lime wants a file: lime:PATH")
-        file = open_image(target, options, writable=writable)
+        source = open_source(target, options, writable=writable)
         try:
-            packed = version_of(file) == AVML
+            packed = version_of(source.memory) == AVML
             if packed and writable:
-                file.close()
-                file = open_image(target, options, writable=False)
-            records = avml_records(file) if packed else lime_records(file)
-            memory, memory_map = _packed(file, records) if packed else _plain(file, records)
+                source.close()
+                source = open_source(target, options, writable=False)
+            records = avml_records(source.memory) if packed else lime_records(source.memory)
+            memory, memory_map = _packed(source, records) if packed else _plain(source, records)
         except NotRecognisedError as error:
-            file.close()
+            source.close()
             raise NotRecognisedError(f"{target} cannot be opened as a LiME or AVML image: {error}") from None
         except BaseException:
-            file.close()
+            source.close()
             raise
         zeros = records.zeros if packed or records.by_avml else ()
         name = "AVML version 2, packed by snappy" if packed else "LiME version 1"
-        notes = [f"{name}: {len(records.records)} ranges", *records.notes]
+        notes = [f"{name}: {len(records.records)} ranges", *source.notes, *records.notes]
         if zeros:
             size = sum(gap.size for gap in zeros)
             notes.append(f"{size >> 20} MiB that AVML left out as blocks of zeros read as zeros")
             memory = ZeroGaps(memory, zeros)
-        return cls(file, memory, memory_map, tuple(notes))
+        return cls(source, memory, memory_map, tuple(notes))
 
     @property
     def memory(self) -> Memory:
@@ -89,33 +91,34 @@ class LimeConnector(Connector):
         """See `Connector.info`."""
         return ConnectorInfo(
             kind=self.kind,
-            target=self._file.path,
+            target=self._source.path,
             size=self._memory.size,
             real_size=self._memory_map.real_size,
-            live=not self._file.immutable,
+            live=not self._source.immutable,
             writable=self._memory.writable,
             notes=self._notes,
-            freshness=self._file.freshness,
+            freshness=self._source.freshness,
         )
 
     @property
     def lease(self) -> Lease | None:
         """See `Connector.lease`."""
-        return self._file.lease
+        return self._source.lease
 
     def close(self) -> None:
         """See `Connector.close`."""
-        self._file.close()
+        self._source.close()
 
 
-def _plain(file: FileMemory, records: Records) -> tuple[Memory, MemoryMap]:
+def _plain(source: ImageSource, records: Records) -> tuple[Memory, MemoryMap]:
     ranges = MemoryMap(MapRange(record.start, record.size, record.offset) for record in records.records)
-    return MappedMemory(file, ranges), ranges
+    return MappedMemory(source.memory, ranges), ranges
 
 
-def _packed(file: FileMemory, records: Records) -> tuple[Memory, MemoryMap]:
-    blocks = AvmlBlocks(file, records.records, decoder("snappy", "lime"))
+def _packed(source: ImageSource, records: Records) -> tuple[Memory, MemoryMap]:
+    blocks = AvmlBlocks(source.memory, records.records, decoder("snappy", "lime"))
     ranges = MemoryMap(MapRange(record.start, record.size, record.start) for record in records.records)
-    store = {} if file.immutable else {"limit": LIVE_STORE}
-    memory = BlockMemory(blocks.starts, blocks.lengths, blocks.decode, may_block=file.may_block, **store)
+    limit = STORE_LIMIT if source.immutable else LIVE_STORE
+    may_block = source.memory.may_block
+    memory = BlockMemory(blocks.starts, blocks.lengths, blocks.decode, limit=limit, may_block=may_block)
     return memory, MemoryMap(ranges.coalesced())

@@ -3,6 +3,7 @@
     raw:memory.img                    address 0 is the file's first byte
     raw:memory.img:base=0x80000000    the file's first byte is that address
     raw:memory.img:map=memory.toml    ranges with base, length, real_base (see memory_map)
+    raw:memory.img.zst:inside=yes     what a packed or split image holds (see image_source)
 
 The file may be sparse, may grow and shrink, and may be a block device.
 
@@ -18,10 +19,12 @@ from typing import Self
 
 from engine.connector import Connector
 from engine.errors import InvalidArgumentError, UnusableTargetError
-from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.file_memory import FRESHNESS_HELP
+from engine.image_source import ImageSource, open_source
 from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap, read_map_file
+from engine.middleware import truth
 from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
 from engine.types import ADDRESS_SPACE, ConnectorInfo
@@ -33,7 +36,7 @@ _FILE_LIMIT = 1 << 63
 class BasedMemory(MappedMemory):
     """A file from `base` on, to wherever the file stops now."""
 
-    def __init__(self, file: FileMemory, base: int) -> None:
+    def __init__(self, file: Memory, base: int) -> None:
         super().__init__(file, MemoryMap([MapRange(base, min(_FILE_LIMIT, ADDRESS_SPACE - base), 0)]))
         self.base = base
 
@@ -51,11 +54,13 @@ class RawConnector(Connector):
     options_help = {
         "base": "physical address of the file's first byte (0)",
         "map": "a TOML file of ranges: base, length, real_base",
+        "inside": "yes: what a packed or split image holds (no: the file's own bytes)",
         **FRESHNESS_HELP,
     }
+    opens_packed = True
 
-    def __init__(self, file: FileMemory, memory: Memory, memory_map: MemoryMap | None, base: int) -> None:
-        self._file = file
+    def __init__(self, source: ImageSource, memory: Memory, memory_map: MemoryMap | None, base: int) -> None:
+        self._source = source
         self._memory = memory
         self._memory_map = memory_map
         self._base = base
@@ -72,13 +77,16 @@ class RawConnector(Connector):
         base = parse_number(options.get("base", "0"), "base=")
         if base >= ADDRESS_SPACE:
             raise InvalidArgumentError(f"base={base:#x} is no 64-bit address")
-        file = open_image(target, options, writable=writable)
-        if not file.size:
+        memory_map = read_map_file(options["map"]) if "map" in options else None
+        inside = truth("inside", options.get("inside", "no"))
+        source = open_source(target, options, writable=writable, as_it_is=not inside)
+        memory = source.memory
+        if not memory.size:
+            source.close()
             raise UnusableTargetError(f"{target} is empty: there is no memory in it")
-        if "map" in options:
-            memory_map = read_map_file(options["map"])
-            return cls(file, MappedMemory(file, memory_map), memory_map, 0)
-        return cls(file, BasedMemory(file, base) if base else file, None, base)
+        if memory_map is not None:
+            return cls(source, MappedMemory(memory, memory_map), memory_map, 0)
+        return cls(source, BasedMemory(memory, base) if base else memory, None, base)
 
     @property
     def memory(self) -> Memory:
@@ -88,32 +96,32 @@ class RawConnector(Connector):
     @property
     def memory_map(self) -> MemoryMap:
         """See `Connector.memory_map`; without map= as large as the file is now."""
-        return MemoryMap.whole(self._file.size, self._base) if self._memory_map is None else self._memory_map
+        return MemoryMap.whole(self._source.memory.size, self._base) if self._memory_map is None else self._memory_map
 
     @property
     def info(self) -> ConnectorInfo:
         """See `Connector.info`."""
         memory_map = self.memory_map
-        notes = []
-        short = max((r.real_base + r.length for r in memory_map.ranges), default=0) - self._file.size
+        notes = list(self._source.notes)
+        short = max((r.real_base + r.length for r in memory_map.ranges), default=0) - self._source.memory.size
         if short > 0:
             notes.append(f"the file is {short} bytes shorter than its memory map says; what is missing faults")
         return ConnectorInfo(
             kind=self.kind,
-            target=self._file.path,
+            target=self._source.path,
             size=self._memory.size,
             real_size=memory_map.real_size,
-            live=not self._file.immutable,
-            writable=self._file.writable,
+            live=not self._source.immutable,
+            writable=self._memory.writable,
             notes=tuple(notes),
-            freshness=self._file.freshness,
+            freshness=self._source.freshness,
         )
 
     @property
     def lease(self) -> Lease | None:
         """See `Connector.lease`."""
-        return self._file.lease
+        return self._source.lease
 
     def close(self) -> None:
         """See `Connector.close`."""
-        self._file.close()
+        self._source.close()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from engine.memory import Addresses
 from engine.translate.bulk import Blocks
-from engine.types import ADDRESS_SPACE, Extent, PageFlags, PhysicalMap, Region, Rights
+from engine.types import ADDRESS_SPACE, PAGE_TABLES, Extent, PageFlags, PhysicalMap, Region, Rights
 
 REGION_LIMIT = 1 << 20
 """Ranges that are told one by one."""
@@ -110,7 +110,8 @@ def regions(chunks: Iterable[Blocks], limit: int = REGION_LIMIT) -> Iterator[Reg
     for runs in coalesced(chunks, frames=False):
         columns = (runs.starts.tolist(), runs.sizes.tolist(), runs.rights.tolist(), runs.flags.tolist())
         for start, size, rights, flags in zip(*columns, strict=True):
-            yield Region(start, size, Rights.NONE if flags & PageFlags.INACCESSIBLE.value else seen(Rights(rights)))
+            visible = Rights.NONE if flags & PageFlags.INACCESSIBLE.value else seen(Rights(rights))
+            yield Region(start, size, visible, shared=None, source=PAGE_TABLES)
             count += 1
             if count >= limit:
                 return

@@ -30,7 +30,7 @@ from engine.memory import (
 from engine.translate.bulk import BUFFER, Blocks, WalkReport, blocks, translate
 from engine.translate.maps import coalesced, mapped_extents, mappings_of, physical_maps
 from engine.translate.mmu import AbsentHook, EntryKind, Root, Translation, Walker, covered
-from engine.types import ADDRESS_SPACE, Extent, PhysicalMap
+from engine.types import ADDRESS_SPACE, Extent, PhysicalMap, Rights
 
 BULK_PAGES = 12
 """From so many pages on one vectorised walk is faster than as many scalar ones (measured)."""
@@ -63,7 +63,10 @@ class VirtualMemory(Memory):
         self.roots = tuple(roots)
         self.absent = absent
         self.keep = keep
-        walkers = [Walker(physical, spec, dtb, absent, keep=keep) for spec, dtb in roots]
+        self._tables = physical.for_tables()
+        constants = physical.for_constants()
+        self._constants = None if constants is physical else constants
+        walkers = [Walker(self._tables, spec, dtb, absent, keep=keep) for spec, dtb in roots]
         found = [(extent.start, extent.stop, walker) for walker in walkers for extent in walker.spec.extents()]
         self._ranges = tuple(sorted(found, key=lambda entry: entry[0]))
         for one, two in zip(self._ranges, self._ranges[1:], strict=False):
@@ -121,7 +124,7 @@ class VirtualMemory(Memory):
         done = 0
         walker = self._walker(address)
         if size > KEPT_PAGES * self._step and not self.keep:
-            walker = Walker(self.physical, walker.spec, walker.dtb, self.absent, keep=True)
+            walker = Walker(self._tables, walker.spec, walker.dtb, self.absent, keep=True)
         while done < size:
             physical, bits = walker.find(address + done)
             step = min(size - done, (1 << bits) - (address + done & (1 << bits) - 1))
@@ -130,6 +133,9 @@ class VirtualMemory(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
+        if self._constants is not None:
+            self._read_by_kind(address, buffer, self._constants)
+            return
         if len(buffer) >= BULK_PAGES * self._step:
             self._read_pages(address, buffer)
             return
@@ -138,6 +144,20 @@ class VirtualMemory(Memory):
                 self.physical.readinto(physical, buffer[offset : offset + step])
             except FaultError as error:
                 raise error.moved(address + offset - physical) from None
+
+    def _read_by_kind(self, address: int, buffer: memoryview, constants: Memory) -> None:
+        """Page by page, those that may not be written to from where they may be a while old."""
+        done = 0
+        while done < len(buffer):
+            found = self.walk(address + done)
+            page = 1 << found.page_bits
+            step = min(len(buffer) - done, page - (address + done & page - 1))
+            source = self.physical if found.rights & Rights.WRITE else constants
+            try:
+                source.readinto(found.physical, buffer[done : done + step])
+            except FaultError as error:
+                raise error.moved(address + done - found.physical) from None
+            done += step
 
     def _read_pages(self, address: int, buffer: memoryview) -> None:
         """Many pages: translated in one pass, read in runs or gathered."""
@@ -164,7 +184,7 @@ class VirtualMemory(Memory):
             if count <= 0:
                 raise FaultError(max(address, begin * step))
             starts = (np.arange(count, dtype=np.uint64) + np.uint64(begin)) * np.uint64(step)
-            found = translate(self.physical, self.roots, starts, absent=self.absent)
+            found = translate(self._tables, self.roots, starts, absent=self.absent)
             bad = np.flatnonzero(found.kinds)
             yield begin * step - address, starts, found.physical, int(bad[0]) if len(bad) else count
 
@@ -273,7 +293,7 @@ class VirtualMemory(Memory):
         `addresses` may be any sequence of whole numbers. Raises InvalidArgumentError where one is no address.
         """
         column = as_addresses(addresses)
-        found = translate(self.physical, self.roots, column, absent=self.absent)
+        found = translate(self._tables, self.roots, column, absent=self.absent)
         rows = np.flatnonzero(found.kinds)
         if not len(rows):
             return found.physical, NO_FAULTS
@@ -347,7 +367,7 @@ class VirtualMemory(Memory):
             until = covered([root]) if stop is None else min(stop, covered([root]))
             if start < until:
                 yield from blocks(
-                    self.physical, root, start, until, buffer=buffer, absent=self.absent, gaps=gaps, report=report
+                    self._tables, root, start, until, buffer=buffer, absent=self.absent, gaps=gaps, report=report
                 )
                 start = until
 

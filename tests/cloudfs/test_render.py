@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from cloudfs import render
 from engine.chain import Spec
 from engine.machine import Instance
-from engine.types import ConnectorInfo, ModuleInfo, OsInfo, ProcessInfo, Region, Rights
+from engine.types import PAGE_TABLES, ConnectorInfo, ModuleInfo, OsInfo, ProcessInfo, Region, Rights
 
 
 def parse_maps(text: str) -> list[Region]:
@@ -97,8 +98,17 @@ def test_a_region_has_the_keys_of_maps() -> None:
     region = Region(0x1000, 0x2000, Rights.READ | Rights.WRITE, False, 0x3000, (8, 1), 12, "/a")
     assert render.region_record(region) == {
         "start": "0x1000", "stop": "0x3000", "permissions": "rw-p", "offset": "0x3000",
-        "device": "08:01", "inode": 12, "path": "/a",
+        "device": "08:01", "inode": 12, "path": "/a", "source": None,
     }
+
+
+def test_what_page_tables_do_not_tell_of_a_region_is_null() -> None:
+    region = Region(0x1000, 0x2000, Rights.READ, None, source=PAGE_TABLES)
+    assert render.region_record(region) == {
+        "start": "0x1000", "stop": "0x3000", "permissions": "r--?", "offset": None,
+        "device": None, "inode": None, "path": None, "source": "page tables",
+    }
+    assert render.maps_line(region).split()[-1] == "tables]"
 
 
 def test_times_are_iso_8601_in_utc() -> None:
@@ -130,8 +140,14 @@ LEAVES = st.none() | st.booleans() | st.integers() | CHARACTERS
 def test_json_is_ascii_and_reads_back(value: object) -> None:
     text = render.to_json(value)
     assert text.isascii()
-    assert text.endswith("\n")
+    assert text == json.dumps(value, indent=2) + "\n"
     assert json.loads(text) == value
+
+
+def test_json_leaves_no_rubbish_for_the_collector_of_cycles() -> None:
+    gc.collect()
+    render.to_json({"a": [1, {"b": None}, ()], "c": {}})
+    assert gc.collect() == 0
 
 
 def test_json_never_holds_half_a_character() -> None:

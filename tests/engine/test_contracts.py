@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-from dump_samples import lime_image
+from bare_qemu import PLACE, RAM, bare_machine
+from dump_samples import lime_image, vmss_file, vmss_memory
 from hand_made_dumps import Kdump, Load, deflated, elf_core, kdump, note
 from hand_made_tables import DTB, image
 from support import require
@@ -43,6 +44,18 @@ def lime_sample(connector: type[Connector], folder: str, writable: bool) -> tupl
         file.write(lime_image(ranges))
     opened = connector.open(path, {}, parent=None, writable=writable)
     return opened, Truth(known=ranges, holes=[Extent(0, 0x1000), Extent(0x20000, 1 << 20)])
+
+
+def vmware_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """Three pages at 0 and one at 4 GiB, as the state file beside them says."""
+    data = os.urandom(4 * 4096)
+    path = os.path.join(folder, "machine.vmem")
+    state = vmss_file({"memory": vmss_memory([(0, 0, 3), (0x100000, 3, 1)])})
+    for name, content in ((path, data), (os.path.join(folder, "machine.vmss"), state)):
+        with open(name, "wb") as file:
+            file.write(content)
+    opened = connector.open(path, {}, parent=None, writable=writable)
+    return opened, Truth(known=[(0, data[:12288]), (1 << 32, data[12288:])], holes=[Extent(12288, 1 << 20)])
 
 
 def dummy_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
@@ -94,9 +107,19 @@ def kdump_sample(connector: type[Connector], folder: str, writable: bool) -> tup
     return opened, Truth([(0x10000, data)], [Extent(0, 0x10000), Extent(0x13000, 0x1000)])
 
 
+def gdb_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """A machine in QEMU that was never started."""
+    held = contextlib.ExitStack()
+    machine = held.enter_context(bare_machine("-S", known=os.urandom(3 * 4096)))
+    opened = connector.open(machine.stub, {}, parent=None, writable=writable)
+    weakref.finalize(opened, held.close)
+    return opened, Truth(known=[(PLACE, machine.known)], holes=[Extent(RAM, 1 << 20)])
+
+
 CONNECTORS: dict[str, Sample] = {
-    "raw": raw_sample, "lime": lime_sample, "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
-    "kdump": kdump_sample,
+    "raw": raw_sample, "lime": lime_sample, "vmware": vmware_sample,
+    "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
+    "gdb": gdb_sample, "kdump": kdump_sample,
 }  # fmt: skip
 
 

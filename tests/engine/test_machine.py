@@ -339,9 +339,9 @@ def test_a_chain_in_order_alternates():
 
 
 def test_a_file_of_a_known_other_format_is_not_taken_for_memory(tmp_path):
-    path = tmp_path / "core"
-    path.write_bytes(b"\x7fELF" + bytes(100))
-    with pytest.raises(NotRecognisedError, match="ELF"):
+    path = tmp_path / "disk"
+    path.write_bytes(b"QFI\xfb" + bytes(100))
+    with pytest.raises(NotRecognisedError, match="qcow2"):
         chain_of(str(path))
 
 

@@ -80,6 +80,13 @@ def test_what_no_connector_opens_says_what_to_do(tmp_path):
     with pytest.raises(NotRecognisedError) as caught:
         chain_of(str(path))
     assert f"gzip -dk '{path}'" in str(caught.value)
+
+
+def test_what_no_connector_opens_can_be_seen_as_it_is(tmp_path):
+    path = tmp_path / "me mory.dmp"
+    path.write_bytes(b"MDMP" + bytes(100))
+    with pytest.raises(NotRecognisedError, match="a Windows minidump, which no installed connector reads") as caught:
+        chain_of(str(path))
     assert f'raw:"{path}" shows its bytes' in str(caught.value)
 
 

@@ -47,6 +47,8 @@ class Kernel:
     suite: str
     package: str
     """A regular expression; what is variable in it are the numbers by which the newest is told."""
+    bare: bool = False
+    """Booted without a userland: only the kernel itself is fetched, from indexes that others do not need."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ KERNELS = {
         Kernel("armhf-6.1", "armhf", "bookworm", r"linux-image-6\.1\.0-\d+-armmp"),
         Kernel("armhf-6.1-lpae", "armhf", "bookworm", r"linux-image-6\.1\.0-\d+-armmp-lpae"),
         Kernel("riscv64-6.12", "riscv64", "trixie", r"linux-image-6\.12\.\d+\+deb13-riscv64"),
+        Kernel("ppc64el-6.1", "ppc64el", "bookworm", r"linux-image-6\.1\.0-\d+-powerpc64le", bare=True),
+        Kernel("s390x-6.1", "s390x", "bookworm", r"linux-image-6\.1\.0-\d+-s390x", bare=True),
+        Kernel("mips64el-6.1", "mips64el", "bookworm", r"linux-image-6\.1\.0-\d+-5kc-malta", bare=True),
     )
 }
 
@@ -130,7 +135,8 @@ def forget() -> None:
     """Forget which packages are the newest; the next `provide` looks again."""
     with locked("apt"):
         shutil.rmtree(cache_root() / "kernels", ignore_errors=True)
-        shutil.rmtree(cache_root() / "apt", ignore_errors=True)
+        for name in ("apt", "apt-bare"):
+            shutil.rmtree(cache_root() / name, ignore_errors=True)
 
 
 def _place(kernel: Kernel) -> Path:
@@ -145,19 +151,25 @@ def _files(kernel: Kernel) -> KernelFiles:
 
 
 def _fetch(kernels: list[Kernel]) -> None:
-    if not kernels:
-        return
-    apt = _Apt(cache_root() / "apt")
+    for bare in {kernel.bare for kernel in kernels}:
+        known = [kernel for kernel in KERNELS.values() if kernel.bare == bare]
+        apt = _Apt(cache_root() / ("apt-bare" if bare else "apt"), known)
+        _fetch_with(apt, [kernel for kernel in kernels if kernel.bare == bare])
+
+
+def _fetch_with(apt: _Apt, kernels: list[Kernel]) -> None:
     found = {kernel: apt.newest(kernel) for kernel in kernels}
-    downloads = cache_root() / "apt" / "downloads"
-    busyboxes = {kernel: f"busybox-static:{kernel.architecture}" for kernel in kernels}
+    downloads = apt.root / "downloads"
+    busyboxes = {kernel: f"busybox-static:{kernel.architecture}" for kernel in kernels if not kernel.bare}
     packages = {f"{package}:{kernel.architecture}={version}" for kernel, (package, version) in found.items()}
     apt.download(packages | set(busyboxes.values()), downloads)
     for kernel, (package, version) in found.items():
         with made_whole(_place(kernel)) as folder:
             _extract_kernel(_deb(downloads, package, kernel.architecture), folder)
-            _extract(_deb(downloads, "busybox-static", kernel.architecture), {r"(usr/)?bin/busybox": "busybox"}, folder)
-            if not all((folder / name).exists() for name in ("image", "busybox")):
+            if kernel in busyboxes:
+                busybox = _deb(downloads, "busybox-static", kernel.architecture)
+                _extract(busybox, {r"(usr/)?bin/busybox": "busybox"}, folder)
+            if not all((folder / name).exists() for name in ("image", "busybox")[: 1 if kernel.bare else 2]):
                 raise GuestError(f"the packages {package} and busybox-static hold no kernel in /boot or no program")
             told = {"package": package, "version": version, "suite": kernel.suite}
             (folder / "package.json").write_text(json.dumps(told))
@@ -167,32 +179,38 @@ def _fetch(kernels: list[Kernel]) -> None:
 class _Apt:
     """apt with a root of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kernels: list[Kernel]) -> None:
+        """With the indexes in which these kernels are."""
         self.root = root
+        self.kernels = kernels
         for folder in ("etc/sources.d", "state/lists/partial", "cache/archives/partial"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         (root / "status").touch()
-        self._write_configuration()
+        changed = self._write_configuration()
         stamp = root / "updated"
-        if not stamp.exists() or time.time() - stamp.stat().st_mtime > _INDEX_AGE:
+        if changed or not stamp.exists() or time.time() - stamp.stat().st_mtime > _INDEX_AGE:
             # Only an error of the command counts: one index of many that fails leaves the packages of the others.
             self.run("apt-get", "update", "-qq")
             stamp.touch()
 
-    def _write_configuration(self) -> None:
+    def _write_configuration(self) -> bool:
+        """Whether there are other sources than the last time."""
         sources: dict[str, set[str]] = {}
-        for kernel in KERNELS.values():
+        for kernel in self.kernels:
             sources.setdefault(kernel.suite, set()).add(kernel.architecture)
         mirror, signed = _mirror(), f" signed-by={KEYRING}" if KEYRING.exists() else ""
         lines = [f"deb [arch={','.join(sorted(sources[suite]))}{signed}] {mirror} {suite} main" for suite in sources]
-        (self.root / "etc/sources.list").write_text("\n".join(lines) + "\n")
-        architectures = "".join(f'"{name}";' for name in sorted({k.architecture for k in KERNELS.values()}))
+        text, file = "\n".join(lines) + "\n", self.root / "etc/sources.list"
+        changed = not file.exists() or file.read_text() != text
+        file.write_text(text)
+        architectures = "".join(f'"{name}";' for name in sorted({k.architecture for k in self.kernels}))
         (self.root / "apt.conf").write_text(
             f'Dir::State "{self.root}/state";\nDir::State::status "{self.root}/status";\n'
             f'Dir::Cache "{self.root}/cache";\nDir::Etc::sourcelist "{self.root}/etc/sources.list";\n'
             f'Dir::Etc::sourceparts "{self.root}/etc/sources.d";\nAPT::Architectures {{{architectures}}};\n'
             'APT::Sandbox::User "root";\nAcquire::Languages "none";\n'
         )
+        return changed
 
     def run(self, *command: str, folder: Path | None = None) -> str:
         """What apt prints; GuestError with its own words when it fails."""

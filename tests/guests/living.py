@@ -105,6 +105,7 @@ def qemu(
     monitor: str = "free",
     before: Sequence[str] = (),
     own_monitor: bool = True,
+    keep: Sequence[int] = (),
 ) -> Iterator[Living]:
     """A QEMU; `monitor` says what stands on its command line: a `free` QMP, or `none`. It is killed in the end.
 
@@ -115,8 +116,9 @@ def qemu(
     with tempfile.TemporaryDirectory(prefix="cloudfs-living-", dir="/dev/shm") as name:
         folder = Path(name)
         words = [
-            *_ends_with_us(), *before, binary, "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config",
-            "-display", "none", "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
+            *_ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
+            "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config", "-display", "none",
+            "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
             *(word.replace("{folder}", str(folder)) for word in more),
         ]  # fmt: skip
         if monitor == "free":
@@ -125,7 +127,7 @@ def qemu(
             words += ["-chardev", f"socket,id=ours,path={folder}/ours,server=on,wait=off"]
             words += ["-mon", "chardev=ours,mode=control"]
         with open(folder / "errors", "wb") as errors:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, pass_fds=keep)
         ours: Monitor | None = None
         try:
             ours = Monitor(folder / "ours") if own_monitor else None

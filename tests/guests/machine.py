@@ -136,16 +136,19 @@ def command_line(guest: Guest, folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(guest: Guest) -> Iterator[RunningGuest]:
-    """QEMU with this guest, not yet running; killed in the end. Its files lie in memory where there is room."""
+def started(guest: Guest, archive: bytes | None = None) -> Iterator[RunningGuest]:
+    """QEMU with this guest, not yet running; killed in the end. Its files lie in memory where there is room.
+
+    `archive` is another initramfs than that of our program.
+    """
     binary = MACHINES[guest.architecture].binary
     if not shutil.which(binary):
         raise MissingError(f"{binary} is missing, which runs {guest.architecture} guests")
     kernel = provide([guest.kernel])[guest.kernel]
-    program = compiled(guest.architecture)
+    archive = archive or initramfs(kernel, compiled(guest.architecture))
     with _folder_for(guest) as folder:
         (folder / "kernel").symlink_to(kernel.image)
-        (folder / "initramfs").write_bytes(initramfs(kernel, program))
+        (folder / "initramfs").write_bytes(archive)
         with open(folder / "errors", "wb") as errors:
             process = subprocess.Popen(
                 [*_ends_with_us(), *command_line(guest, folder)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors

@@ -60,7 +60,7 @@ def _compile(architecture: str, output: Path) -> None:
 
 def initramfs(kernel: KernelFiles, program: Path) -> bytes:
     """A compressed archive with our program as /init, busybox, modules and a few files of /etc."""
-    archive = _Archive()
+    archive = Archive()
     for folder in "bin dev etc lib lib/modules jail jail/bin proc sys tmp".split():
         archive.add(folder, 0o040755)
     archive.add("dev/console", 0o020600, device=(5, 1))
@@ -80,7 +80,7 @@ def initramfs(kernel: KernelFiles, program: Path) -> bytes:
     return gzip.compress(archive.finished(), compresslevel=1, mtime=0)
 
 
-class _Archive:
+class Archive:
     """The cpio format "newc" (Documentation/driver-api/early-userspace/buffer-format.rst), which needs no root here."""
 
     def __init__(self) -> None:

@@ -63,7 +63,7 @@ def _key(guest: Guest, kernel: KernelFiles) -> str:
 
 
 @functools.cache
-def _version_of(binary: str) -> str:
+def version_of(binary: str) -> str:
     if not shutil.which(binary):
         raise MissingError(f"{binary} is missing")
     told = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
@@ -71,7 +71,7 @@ def _version_of(binary: str) -> str:
 
 
 def _qemu_version(guest: Guest) -> str:
-    return _version_of(MACHINES[guest.architecture].binary)
+    return version_of(MACHINES[guest.architecture].binary)
 
 
 def _forget_unused(guest: Guest, place: Path) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from engine.connector import Connector, Target
-from engine.connectors.qemu.answers import registers
 from engine.connectors.qemu.finding import Guest, find, guests, stranger
 from engine.connectors.qemu.layout_sources import Placed, by_machine, by_monitor, by_options
 from engine.connectors.qemu.mapped import Mapped
@@ -31,6 +30,7 @@ from engine.errors import (
     NotFoundError,
     UnsupportedError,
 )
+from engine.formats.qemu_monitor import registers
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap, read_map_file
 from engine.middleware import truth

@@ -12,13 +12,13 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from engine.connectors.qemu.answers import View, host_address, memory_backends, ram_views
 from engine.connectors.qemu.evidence import evidence
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.layouts import ram_layout
 from engine.connectors.qemu.monitor import MonitorError, connect
 from engine.connectors.qemu.ram import Block, Run, assignments, expected, region_at
 from engine.errors import EngineError, NotFoundError, UnusableTargetError
+from engine.formats.qemu_monitor import View, host_address, memory_backends, ram_views
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from engine.errors import EngineError, NotFoundError, TargetGoneError
+from engine.errors import EngineError, FaultError, NotFoundError, TargetGoneError
 from engine.oslayer import Process
 
 SHARE = 20
@@ -37,7 +37,7 @@ class Presence:
 
     def _ask(self) -> None:
         try:
-            _ = self._process.name
+            self._process.check()
         except NotFoundError:
             raise self._ended() from None
 
@@ -62,9 +62,20 @@ class Presence:
             return self._ended()
         try:
             self.check()
+            if isinstance(error, FaultError) and error.detail:
+                self.check_memory()
         except TargetGoneError as gone:
             return gone
         return error
+
+    def check_memory(self) -> None:
+        """Raise TargetGoneError where it maps nothing: it is about to end, or waits to be buried."""
+        try:
+            if next(iter(self._process.regions()), None) is not None:
+                return
+        except NotFoundError:
+            pass
+        raise self._ended()
 
     def glance(self) -> Callable[[], None]:
         """`check` for one operation that reads much: it looks now, and then as often as costs little."""

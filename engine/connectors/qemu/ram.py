@@ -126,8 +126,8 @@ def _fits(backend: Backend, run: Run) -> bool:
     if backend.kind == "memfd":
         return path.startswith((_MEMFD, _HUGE))
     if backend.kind == "shm":
-        return run.first.shared and bool(path)
-    return run.anonymous or (run.first.shared and path.startswith((_ZERO, _MEMFD)))
+        return bool(run.first.shared and path)
+    return run.anonymous or bool(run.first.shared and path.startswith((_ZERO, _MEMFD)))
 
 
 def _is_file(backend: Backend, path: str) -> bool:

@@ -16,11 +16,13 @@ import numpy as np
 
 from engine.connectors.qemu.presence import Presence
 from engine.errors import EngineError, FaultError, FaultKind
-from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows
+from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows, fault
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05
 """Seconds for which reads may be answered without asking whether QEMU is still there."""
+BLOCK = 4 << 20
+"""Bytes that are gathered page by page at a time."""
 
 
 class RamMemory(Memory):
@@ -100,6 +102,8 @@ class RamMemory(Memory):
         except EngineError as error:
             raise self.presence.explained(error) from None
         self._look()
+        if faults and len(faults) == len(addresses):
+            self.presence.check_memory()
         return faults
 
     def write(self, address: int, data: Data) -> None:
@@ -140,10 +144,10 @@ class RamMemory(Memory):
 
     def shortcut(self) -> Shortcut | None:
         """See `Memory.shortcut`: for so short a time that an end of QEMU is not missed for long."""
+        self.presence.check()
         found = self.memory.shortcut()
         if found is None or found.pidfd >= 0:  # the pidfd is asked after each read
             return found
-        self.presence.check()
         return replace(found, until=min(found.until, time.monotonic() + BELIEVED))
 
     def cached(self) -> Memory:
@@ -180,32 +184,50 @@ class UntouchedRam(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
-        self._read(self.memory.readinto, address, buffer)
+        page, stop = self.page_size, address + len(buffer)
+        first, last = -(-address // page) * page, stop // page * page
+        if last - first <= COLUMN_THRESHOLD * page:
+            self._read(address, buffer)
+            return
+        self._read(address, buffer[: first - address])
+        for start in range(first, last, BLOCK):
+            end = min(last, start + BLOCK)
+            rows = np.frombuffer(buffer[start - address : end - address], np.uint8).reshape(-1, page)
+            faults = self.memory.gather(np.arange(start, end, page, dtype=np.uint64), rows)
+            others = np.flatnonzero(faults.kinds != FaultKind.ABSENT)
+            if len(others):
+                raise fault(int(faults.addresses[others[0]]), FaultKind(int(faults.kinds[others[0]])))
+        self._read(last, buffer[last - address :])
 
     def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
         """See `Memory.readinto_nowait`."""
-        return self._read(self.memory.readinto_nowait, address, buffer)
+        if self.may_block:
+            return False
+        self.readinto(address, buffer)
+        return True
 
-    def _read(self, readinto: Callable[[int, memoryview], bool | None], address: int, buffer: memoryview) -> bool:
-        done, size = 0, len(buffer)
+    def _read(self, address: int, buffer: memoryview) -> None:
+        """Some pages, one by one from the first that is absent on."""
+        done, size, page = 0, len(buffer), self.page_size
+        step = size
         while done < size:
             try:
-                return readinto(address + done, buffer[done:]) is not False
+                self.memory.readinto(address + done, buffer[done : done + step])
+                done += step
             except FaultError as error:
                 if error.kind is not FaultKind.ABSENT:
                     raise
-                done = self._clear(address, buffer, max(error.address - address, done))
-        return True
+                start = max(error.address - address, done)
+                done = min(size, (address + start) // page * page + page - address)
+                buffer[start:done] = bytes(done - start)
+            step = min(page - (address + done) % page, size - done)
 
-    def _clear(self, address: int, buffer: memoryview, start: int) -> int:
-        """Zeros from the page of a fault to where there may be data again; gives how far that is."""
-        page = (address + start) // self.page_size * self.page_size + self.page_size
-        stop = min(len(buffer), page - address)
-        if stop < len(buffer):
-            following = next(self.memory.extents(address + stop, address + len(buffer)), None)
-            stop = len(buffer) if following is None else following.start - address
-        buffer[start:stop] = bytes(stop - start)
-        return stop
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        try:
+            return self.memory.u64(address)
+        except FaultError:
+            return super().u64(address)
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`; rows that fail are zeros already, but for those that go on behind their fault."""

@@ -11,6 +11,7 @@ addresses absolute, relative, per-CPU and place-relative; 32 and 64 bit, both by
 from engine.formats.kallsyms.addresses import AddressMode
 from engine.formats.kallsyms.finding import Tables, find_tables
 from engine.formats.kallsyms.kept import from_kept, kept_form
-from engine.formats.kallsyms.table import Kallsyms, Symbol, load_kallsyms
+from engine.formats.kallsyms.table import Kallsyms, load_kallsyms
+from engine.formats.symbol_table import Symbol
 
 __all__ = ["AddressMode", "Kallsyms", "Symbol", "Tables", "find_tables", "from_kept", "kept_form", "load_kallsyms"]

@@ -17,18 +17,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import FaultError, FaultKind, NotFoundError
+from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.layout import Field
-from engine.memory import Addresses, Memory, fault
+from engine.memory import Addresses, Memory, Rows, fault
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Mask, Objects
 from engine.oslayers.linux.page_frames import PageFrames, page_frames
 from engine.oslayers.linux.paths import BLOCK, FILE_TYPE, REGULAR, Paths
+from engine.oslayers.linux.swap import CACHE_OFFSET_BITS
 from engine.oslayers.linux.walks import xarray
 from engine.types import Extent
 
@@ -56,6 +56,11 @@ class _Shape:
     flags: Field
     up_to_date: int | None
     """The flag that says that a page has been read or written whole (PG_uptodate); None where it is not known."""
+
+    @property
+    def span(self) -> int:
+        """Bytes of a page's structure that are read of it."""
+        return max(self.owner.stop, self.index.stop, self.flags.stop)
 
     @classmethod
     def of(cls, objects: Objects) -> _Shape:
@@ -110,7 +115,10 @@ class CachedPages(Memory):
         return self.kernel.found.physical.may_block
 
     def pages(self, first: int, count: int) -> tuple[_Kinds, Addresses]:
-        """(kind, physical address) of `count` pages from number `first` on: 0 is there, `ZERO`, or a `FaultKind`."""
+        """(kind, physical address) of `count` pages from number `first` on: 0 is there, `ZERO`, or a `FaultKind`.
+
+        Of a page in swap the second is its entry.
+        """
         objects, shape = self.kernel.objects(), self._shape
         entries = np.zeros(count, np.uint64)
         for index, entry, width in xarray(
@@ -120,7 +128,9 @@ class CachedPages(Memory):
         kinds = np.full(count, ZERO if self.in_memory else FaultKind.ABSENT, np.uint8)
         physical = np.zeros(count, np.uint64)
         if self.in_memory:
-            kinds[entries & np.uint64(1) == 1] = FaultKind.PAGED_OUT
+            gone = entries & np.uint64(1) == 1
+            kinds[gone] = FaultKind.PAGED_OUT
+            physical[gone] = entries[gone] >> np.uint64(1)
         rows = np.flatnonzero((entries >= np.uint64(objects.kernel_start)) & (entries & np.uint64(3) == 0))
         if len(rows):
             good, fresh, behind = self._believed(objects, entries[rows], rows.astype(np.uint64) + np.uint64(first))
@@ -137,15 +147,17 @@ class CachedPages(Memory):
     def _believed(self, objects: Objects, entries: Addresses, numbers: Addresses) -> tuple[Mask, Mask, Addresses]:
         """(is a page of this file, holds its bytes, how many pages behind the first one of its folio)."""
         shape = self._shape
-        owners, good = objects.pointers(entries, shape.owner)
-        first, readable = objects.column(entries, shape.index)
-        flags, also = objects.column(entries, shape.flags)
-        behind: npt.NDArray[Any] = numbers - first.astype(np.uint64)
-        good &= readable & also & (owners == np.uint64(self.mapping)) & (behind < np.uint64(FOLIO_PAGES))
-        fresh = np.ones(len(entries), bool)
+        folios, place = np.unique(entries, return_inverse=True)
+        heads = np.empty((len(folios), shape.span), np.uint8)
+        good = np.ones(len(folios), bool)
+        good[objects.memory.gather(folios, heads).rows] = False
+        good &= _words(heads, shape.owner, objects) == np.uint64(self.mapping)
+        fresh = np.ones(len(folios), bool)
         if shape.up_to_date is not None:
-            fresh = flags.astype(np.uint64) & np.uint64(shape.up_to_date) != 0
-        return good, fresh, np.where(good, behind, np.uint64(0))
+            fresh = _words(heads, shape.flags, objects) & np.uint64(shape.up_to_date) != 0
+        behind = numbers - _words(heads, shape.index, objects)[place]
+        fitting = good[place] & (behind < np.uint64(FOLIO_PAGES))
+        return fitting, fresh[place], np.where(fitting, behind, np.uint64(0))
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
@@ -170,6 +182,9 @@ class CachedPages(Memory):
             return
         if kind == FaultKind.ABSENT:
             raise FaultError(at, detail="this page of the file is not in the page cache")
+        if kind == FaultKind.PAGED_OUT:
+            number, offset = physical >> CACHE_OFFSET_BITS, physical & (1 << CACHE_OFFSET_BITS) - 1
+            raise PagedOutError(at, detail=self.kernel.swap_areas(self.kernel.objects()).place(number, offset))
         if kind:
             raise fault(at, FaultKind(kind))
         frame = physical + (at & self.page_size - 1)
@@ -198,6 +213,12 @@ class CachedPages(Memory):
             until = max(until, high)
         if begun < until:
             yield Extent(begun, until - begun)
+
+
+def _words(rows: Rows, member: Field, objects: Objects) -> Addresses:
+    """A word of each row."""
+    column = np.ascontiguousarray(rows[:, member.offset : member.stop]).view(f"{objects.types.order}u{member.size}")
+    return column.reshape(len(rows)).astype(np.uint64)
 
 
 def _runs(kinds: _Kinds, physical: Addresses, page_bits: int) -> Iterator[tuple[int, int]]:

@@ -5,13 +5,16 @@ Sources: Linux include/linux/{cgroup-defs,kernfs}.h, kernel/cgroup/cgroup.c (pro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from engine.containers import container_of
 from engine.errors import FaultError, NotFoundError
+from engine.oslayer import Containers
+from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.profile import Profile
-from engine.oslayers.linux.tasks import Tasks
+from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.walks import settled_ring
 
 DEPTH_LIMIT = 256
@@ -147,3 +150,30 @@ def cgroups_of(objects: Objects, tasks: Tasks, task: int, flags: int | None) -> 
         return Cgroups(objects, tasks, tasks.profile).of(task, flags)
     except (FaultError, NotFoundError):
         return None
+
+
+class LinuxContainers(Containers):
+    """The containers of a kernel's processes."""
+
+    def __init__(self, kernel: Kernel, tasks: Tasks, records: Callable[[], list[TaskRecord]]) -> None:
+        self.kernel = kernel
+        self.tasks = tasks
+        self._records = records
+
+    def containers(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Containers.containers`; a process whose cgroups cannot be read is counted."""
+        objects = self.kernel.objects()
+        found: dict[str, tuple[int, ...]] = {}
+        try:
+            reader = Cgroups(objects, self.tasks, self.tasks.profile)
+        except NotFoundError:
+            return {}
+        for record in sorted(self._records(), key=lambda one: one.pid):
+            try:
+                container = container_in(reader.of(record.address, record.flags))
+            except FaultError:
+                objects.skipped["cgroup"] += 1
+                continue
+            if container is not None:
+                found[container] = (*found.get(container, ()), record.pid)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.errors import FaultError, NotFoundError
@@ -10,7 +11,8 @@ from engine.layout import TypeSource
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
-from engine.oslayers.linux.swap import absent_hook
+from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entries_of
+from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.mmu import Root
 from engine.translate.virtual import VirtualMemory
 
@@ -24,6 +26,9 @@ class Kernel:
     live: bool
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out since it could not be read, by kind."""
+    boot_time: Callable[[], int | None] = lambda: None
+    """When it was started, nanoseconds since 1970 UTC by its own clock; None where that is not known."""
+    _swap: list[SwapEntries | None] = field(default_factory=list)
 
     @property
     def types(self) -> TypeSource:
@@ -31,6 +36,24 @@ class Kernel:
         if self.profile.types is None:
             raise NotFoundError("this kernel carries no types (BTF)")
         return self.profile.types
+
+    @property
+    def swap_entries(self) -> SwapEntries | None:
+        """How page-table entries of absent pages are read; None where that is not known."""
+        if not self._swap:
+            known = self.profile.symbol
+            release = self.found.vmcoreinfo.release_number()
+            self._swap.append(entries_of(self.found.machine, release, lambda name: known(name) is not None))
+        return self._swap[0]
+
+    def swap_areas(self, objects: Objects) -> SwapAreas:
+        """The areas that it swaps to, for one operation."""
+        return SwapAreas(objects, self.profile.symbol("swap_info"))
+
+    def knows(self, *structures: str) -> bool:
+        """Whether the kernel's types tell of all these structures."""
+        types = self.profile.types
+        return types is not None and all(types.struct(name) is not None for name in structures)
 
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it."""
@@ -45,8 +68,9 @@ class Kernel:
         """
         dtb = self.found.memory.virt_to_phys(pgd)
         root: Root = (self.found.candidate.user, dtb)
-        hook = absent_hook(self.found.machine)
-        return VirtualMemory(self.found.physical, [root], hook, keep=not self.live)
+        hook = absent_hook(self.swap_entries)
+        stop = self.found.candidate.kernel_start
+        return UserSpace(self.found.physical, [root], hook, keep=not self.live, stop=None if stop >> 32 else stop)
 
     def dtb_of(self, pgd: int) -> int | None:
         """The DTB of an address space; None where it cannot be found."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from engine.errors import (
     EngineError,
@@ -19,8 +19,25 @@ from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
 from engine.middleware import truth
-from engine.oslayer import Base, C, KernelLog, Module, Options, OsLayer, Process, Sockets, Symbols
-from engine.oslayers.linux.finding import Found, find_kernel
+from engine.numbers import parse_number
+from engine.oslayer import (
+    Base,
+    C,
+    Containers,
+    KernelConfig,
+    KernelLog,
+    Module,
+    Options,
+    OsLayer,
+    Process,
+    Sockets,
+    Symbols,
+    SystemFiles,
+)
+from engine.oslayers.linux.cgroups import LinuxContainers
+from engine.oslayers.linux.configuration import LinuxConfig
+from engine.oslayers.linux.description import with_description
+from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.listing import Listed, PidNumbers, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
@@ -29,11 +46,25 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.searching import Recognised, find_kernel
+from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
+from engine.oslayers.linux.sysfiles import LinuxSystemFiles
+from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
+
+if TYPE_CHECKING:
+    from engine.oslayers.linux.given import Given
+
+_NEEDED: dict[type, tuple[str, ...]] = {
+    Sockets: ("file", "socket", "sock"),
+    Containers: ("css_set", "cgroup", "kernfs_node"),
+    SystemFiles: ("pid_namespace",),
+}
+"""What has to be known of a kernel for a capability."""
 
 
 class LinuxLayer(OsLayer):
@@ -41,24 +72,56 @@ class LinuxLayer(OsLayer):
 
     kind = "linux"
     summary = "Linux from its own memory: no symbols, no profile to be given"
-    options_help = MappingProxyType({"cache": "no: neither use nor keep what was read of this kernel build before"})
+    options_help = MappingProxyType({
+        "cache": "no: neither use nor keep what was read of this kernel build before",
+        "dtb": "the physical address of the kernel's top page table, where you know it; never needed",
+        "kaslr": "how far KASLR has moved the kernel: tells which of several is meant; never needed",
+        "symbols": "a vmlinux, BTF, System.map or Volatility ISF of this kernel, where its own description is gone",
+    })  # fmt: skip
 
-    def __init__(self, base: Base, kernel: Kernel) -> None:
+    def __init__(self, base: Base, kernel: Kernel | Recognised) -> None:
         self._base = base
-        self.kernel = kernel
+        self._kernel = kernel
         self._tasks: Tasks | None = None
         self._numbers: PidNumbers | None = None
         self._listing: Mapping[int, Listed] | None = None
+        self._config: LinuxConfig | None = None
+        self._system: System | None = None
+        if isinstance(kernel, Kernel):
+            self._system = System(kernel)
+            kernel.boot_time = self._system.boot_time
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
         """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing."""
         if base.memory is None:
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
-        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live)
-        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")))
+        given = _given(options.get("symbols"))
+        dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
+        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live, dtb=dtb, slide=slide)
+        if isinstance(found, Recognised):
+            return cls(base, found)
+        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")), given=given)
         profile.found = with_true_layout(base.memory, profile)
+        profile.found = with_description(profile)
+        if profile.types is None:
+            profile.types = shapes_of(profile)
         return cls(base, Kernel(profile.found, profile, base.live))
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel. Raises NotRecognisedError where its architecture is one that cannot be read yet."""
+        if isinstance(self._kernel, Kernel):
+            return self._kernel
+        raise NotRecognisedError(
+            f"Linux {self._kernel.release} for {self._kernel.machine} is recognised, and no more: the page tables of"
+            " this architecture are not walked yet"
+        )
+
+    @property
+    def system(self) -> System:
+        """What the kernel says of the machine as a whole. Raises as `kernel`."""
+        return self._system or System(self.kernel)
 
     @property
     def tasks(self) -> Tasks:
@@ -77,7 +140,9 @@ class LinuxLayer(OsLayer):
     @property
     def info(self) -> OsInfo:
         """See `OsLayer.info`."""
-        found = self.kernel.found
+        if isinstance(self._kernel, Recognised):
+            return self._recognised(self._kernel)
+        found, clock = self.kernel.found, self.system.clock()
         return OsInfo(
             self.kind,
             version=found.release,
@@ -85,21 +150,35 @@ class LinuxLayer(OsLayer):
             page_size=1 << found.candidate.spec.page_bits,
             kernel_base=found.vmcoreinfo.symbol("_stext"),
             dtb=found.candidate.dtb,
+            boot_time=None if clock is None else clock.boot / 1e9,
+            time=None if clock is None else clock.now / 1e9,
+            uptime=None if clock is None else clock.uptime / 1e9,
+            hostname=self.system.names().get("nodename"),
+            command_line=self.system.command_line(),
             live=self._base.live,
             writable=self._base.writable,
             skipped=dict(self.kernel.skipped),
             notes=tuple(self.kernel.profile.notes),
         )
 
+    def _recognised(self, found: Recognised) -> OsInfo:
+        text = found.vmcoreinfo
+        size = text.number("PAGESIZE") if text is not None else None
+        return OsInfo(
+            self.kind, version=found.release, architecture=found.machine, page_size=size, live=self._base.live,
+            writable=self._base.writable,
+            notes=("recognised, and no more: the page tables of this architecture are not walked yet",),
+        )  # fmt: skip
+
     @property
     def physical_memory(self) -> Memory | None:
         """See `OsLayer.physical_memory`: in the layout that the kernel knows."""
-        return self.kernel.found.physical
+        return self._base.memory if isinstance(self._kernel, Recognised) else self.kernel.found.physical
 
     @property
     def kernel_memory(self) -> Memory | None:
         """See `OsLayer.kernel_memory`."""
-        return self.kernel.found.memory
+        return None if isinstance(self._kernel, Recognised) else self.kernel.found.memory
 
     def modules(self) -> Iterator[Module]:
         """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell."""
@@ -111,6 +190,8 @@ class LinuxLayer(OsLayer):
     def capability(self, kind: type[C]) -> C | None:
         """See `Capable.capability`."""
         found: object = None
+        if isinstance(self._kernel, Recognised):
+            return super().capability(kind)
         if issubclass(KernelLog, kind):
             try:
                 found = PrintkLog(self.kernel.found.memory, self.kernel.found.vmcoreinfo, self.kernel.profile.word)
@@ -118,12 +199,31 @@ class LinuxLayer(OsLayer):
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
             found = LinuxSymbols(self.kernel)
-        elif issubclass(Sockets, kind) and self.kernel.profile.types is not None:
+        elif issubclass(KernelConfig, kind):
+            found = self._configuration()
+        elif kind in _NEEDED and self.kernel.knows(*_NEEDED[kind]):
             try:
-                found = LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
+                found = self._of_processes(kind)
             except NotRecognisedError:
                 return None
         return found if isinstance(found, kind) else super().capability(kind)
+
+    def _of_processes(self, kind: type[C]) -> object:
+        """What needs the list of processes. Raises NotRecognisedError where there is none."""
+        if issubclass(Sockets, kind):
+            return LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
+        if issubclass(Containers, kind):
+            return LinuxContainers(self.kernel, self.tasks, lambda: [one.record for one in self._list().values()])
+        return LinuxSystemFiles(self.kernel, self.system, self.tasks, self._thread_count)
+
+    def _thread_count(self) -> int:
+        return sum(one.record.threads or 1 for one in self._list().values())
+
+    def _configuration(self) -> LinuxConfig | None:
+        """None where this kernel carries none; looked for once."""
+        if self._config is None:
+            self._config = LinuxConfig(self.kernel)
+        return self._config if self._config.is_there else None
 
     def pids(self) -> list[int]:
         """See `OsLayer.pids`: without the idle task, which has no number that a user sees."""
@@ -157,6 +257,14 @@ def _texts(base: Base, memory: Memory) -> Iterator[Vmcoreinfo]:
     """The texts that may describe the kernel; memory is only searched where what a dump carries proves nothing."""
     yield from _hinted(base)
     yield from find_vmcoreinfo(memory)
+
+
+def _given(path: str | None) -> Given | None:
+    if not path:
+        return None
+    from engine.oslayers.linux.given import read_given  # with what unpacks files 10 ms to import, and rarely needed
+
+    return read_given(path)
 
 
 def _hinted(base: Base) -> Iterator[Vmcoreinfo]:

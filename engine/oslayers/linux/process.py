@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
+from engine.layout import Field
 from engine.memory import BytesMemory, Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
 from engine.oslayers.linux.cgroups import cgroups_of, container_in, main_path
@@ -20,8 +21,8 @@ from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
 from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.user_space import mapped_regions
 from engine.oslayers.linux.vmas import regions_of
-from engine.translate.maps import regions
 from engine.translate.virtual import VirtualMemory
 from engine.types import CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
@@ -41,6 +42,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         self._record = record
         self._sources = sources
         self._memory: Memory | None = None
+        self._places: list[tuple[int, int, int]] | None = None
 
     @property
     def record(self) -> TaskRecord:
@@ -61,6 +63,36 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def name(self) -> str:
         """See `Process.name`."""
         return self.record.name
+
+    def check(self) -> None:
+        """See `Process.check`: its PID, start and mm stand where they stood.
+
+        A task leaves its mm before the page tables are given back, and its record still says so when it is free. The
+        record lies in a slab, which the kernel never moves: where, is asked once.
+        """
+        if not self.kernel.live:
+            return
+        memory = self.kernel.found.physical
+        try:
+            if self._places is None:
+                self._places = self._found_places()
+            for place, size, value in self._places:
+                if (memory.u64 if size == 8 else memory.u32)(place) != value:
+                    raise ProcessExitedError(self._record.pid)
+        except FaultError:
+            raise ProcessExitedError(self._record.pid) from None
+
+    def _found_places(self) -> list[tuple[int, int, int]]:
+        """(physical address, size, value) of what tells this process from others. Raises FaultError."""
+        task, record = self.tasks.task, self._record
+        start = task.get("start_boottime", "real_start_time")
+        members: list[tuple[Field, int, int]] = [(task["pid"], 4, record.pid)]
+        if record.mm is not None:
+            members.append((task["mm"], self.kernel.profile.word, record.mm))
+        if start is not None and record.start_ns is not None:
+            members.append((start, 8, record.start_ns))
+        space = self.kernel.found.memory
+        return [(space.virt_to_phys(record.address + one.offset), size, value) for one, size, value in members]
 
     @property
     def info(self) -> ProcessInfo:
@@ -84,6 +116,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             gid=record.gid,
             threads=record.threads,
             start_ticks=record.start_ticks,
+            start_time=self._start_time(record),
             command_line=self._command_line(record),
             executable=executable,
             architecture=self._architecture(record),
@@ -95,6 +128,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def capability(self, kind: type[C]) -> C | None:
         """See `Capable.capability`."""
+        if issubclass(OpenFiles, kind) and not self.kernel.knows("files_struct", "fdtable", "file"):
+            return None
         if issubclass(ProcFiles, kind):
             files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
             return files if isinstance(files, kind) else None
@@ -111,6 +146,11 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         except (FaultError, NotFoundError):
             return None
         return NARROW.get(machine) if is_narrow(objects, vector) else machine
+
+    def _start_time(self, record: TaskRecord) -> float | None:
+        """Seconds since 1970 UTC; None where the clock is not found."""
+        boot = self.kernel.boot_time()
+        return None if boot is None or record.start_ns is None else (boot + record.start_ns) / 1e9
 
     def _executable(self, record: TaskRecord) -> tuple[str | None, bool | None]:
         """(path of the executable, whether its name was removed); None where there is none, or it cannot be read."""
@@ -129,7 +169,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _command_line(self, record: TaskRecord) -> tuple[str, ...] | None:
         """The arguments; () of a kernel thread and a zombie, None where they cannot be read."""
         if not record.mm:
-            return ()
+            return None if record.mm is None else ()
         data = self.arguments()
         if data is None:
             return None
@@ -154,7 +194,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _strings(self, first: str, last: str) -> bytes | None:
         record = self.record
         if not record.mm:
-            return b""
+            return None if record.mm is None else b""
         try:
             objects = self.kernel.objects()
             layout = objects.struct("mm_struct")
@@ -179,7 +219,12 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             record = self.record
             pgd = self._pgd(record)
             try:
-                self._memory = NOTHING if pgd is None else process_space(self.kernel, record.mm, pgd)
+                if pgd is None or not record.mm:
+                    self._memory = NOTHING
+                elif self.kernel.knows("vm_area_struct"):
+                    self._memory = process_space(self.kernel, record.mm, pgd)
+                else:
+                    self._memory = self.kernel.space_of(pgd)
             except FaultError:
                 self._memory = NOTHING
         return self._memory
@@ -191,9 +236,20 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             return iter(())
         try:
             return iter(list(regions_of(self.kernel, record.mm)))
-        except NotFoundError:  # without types: what the page tables map
-            memory = self.memory
-            return regions(memory.translation_blocks()) if isinstance(memory, VirtualMemory) else iter(())
+        except NotFoundError:
+            return self._by_page_tables(record.mm)
+
+    def _by_page_tables(self, mm: int) -> Iterator[Region]:
+        """What can be told of mappings where nothing is known of VMAs."""
+        objects, memory = self.kernel.objects(), self.memory
+        if not isinstance(memory, VirtualMemory):
+            return iter(())
+        try:
+            layout = objects.struct("mm_struct")
+            low, high, stack = (objects.value(mm, layout[name]) for name in ("start_brk", "brk", "start_stack"))
+        except (FaultError, NotFoundError):
+            return mapped_regions(memory, None, None)
+        return mapped_regions(memory, (low, high), stack)
 
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """See `PhysicalMaps.physical_maps`."""

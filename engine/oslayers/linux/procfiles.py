@@ -215,11 +215,14 @@ class LinuxProcFiles(ProcFiles):
         return f"pos:\t{one.position or 0}\nflags:\t0{flags:o}\nmnt_id:\t{mount_id}\nino:\t{inode}\n".encode()
 
 
-def auxiliary_vector(objects: Objects, mm: int) -> bytes:
+def auxiliary_vector(objects: Objects, mm: int | None) -> bytes:
     """What the kernel told a program at its start, as /proc/PID/auxv gives it; empty for a kernel thread.
 
-    Pairs of words of the program, up to and with one of type 0 (AT_NULL). Raises NotFoundError.
+    Pairs of words of the program, up to and with one of type 0 (AT_NULL); of a program of 32 bits too the kernel looks
+    at its own words for the end (auxv_read of fs/proc/base.c). Raises NotFoundError.
     """
+    if mm is None:
+        raise NotFoundError("where the address space of the process is described is not known")
     if not mm:
         return b""
     member = objects.struct("mm_struct")["saved_auxv"]
@@ -227,7 +230,7 @@ def auxiliary_vector(objects: Objects, mm: int) -> bytes:
         data = objects.memory.read(mm + member.offset, member.size)
     except FaultError:
         raise NotFoundError("the auxiliary vector lies in memory that cannot be read") from None
-    word = 4 if is_narrow(objects, data) else objects.word
+    word = objects.word
     for at in range(0, len(data) - 2 * word + 1, 2 * word):
         if not any(data[at : at + word]):
             return data[: at + 2 * word]

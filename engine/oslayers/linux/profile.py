@@ -7,16 +7,21 @@ carry is absent: `types` is None without BTF, and without KALLSYMS_ALL data symb
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, NotFoundError
 from engine.formats.btf import Btf, Candidate, load_btf
 from engine.formats.kallsyms import Kallsyms, load_kallsyms
 from engine.formats.ksymtab import Ksymtab, load_ksymtab
+from engine.formats.symbol_table import SymbolTable
 from engine.layout import TypeSource
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.profile_cache import Parts, built_without_types, keep, recall
 from engine.types import Extent
+
+if TYPE_CHECKING:
+    from engine.oslayers.linux.given import Given
 
 
 @dataclass(slots=True)
@@ -25,11 +30,14 @@ class Profile:
 
     found: Found
     types: TypeSource | None
-    kallsyms: Kallsyms | None
+    kallsyms: SymbolTable | None
+    """The kernel's own, else those of a file that was given."""
     exports: Ksymtab | None = None
     """What the kernel exports to modules, data too: looked for where kallsyms has text alone."""
     notes: list[str] = field(default_factory=list)
     """Sentences for a person: what is missing, and why."""
+    given: SymbolTable | None = None
+    """What a file tells that a person has given."""
     _known: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -43,6 +51,8 @@ class Profile:
             address = self._known.get(name)
             if address is None:
                 address = self.found.vmcoreinfo.symbol(name)
+            if address is None and self.given is not None:
+                address = self.given.first(name)
             if address is None and self.kallsyms is not None:
                 address = self.kallsyms.first(name)
             if address is None and self.exports is not None:
@@ -75,11 +85,24 @@ class Profile:
         return f"{symbol.name}+{address - symbol.address:#x}" if address != symbol.address else symbol.name
 
 
-def read_profile(found: Found, *, cache: bool = False) -> Profile:
+def read_profile(found: Found, *, cache: bool = False, given: Given | None = None) -> Profile:
     """The profile of a kernel that was found. What is not there, or damaged, is noted.
 
     With `cache` it is taken from the user's cache folder where this very kernel was read before, and kept there.
+    What was `given` goes before what the kernel tells; raises UnusableTargetError where it is another kernel's.
     """
+    profile = _own_profile(found, cache)
+    if given is not None:
+        from engine.oslayers.linux.given import fitted  # imported already, by whoever has read it
+
+        given = fitted(given, found)
+        profile.given, profile.types = given.symbols, given.types or profile.types
+        profile.kallsyms = profile.kallsyms or given.symbols
+        profile.notes += given.notes
+    return profile
+
+
+def _own_profile(found: Found, cache: bool) -> Profile:
     image = found.memory.window(found.image.start, found.image.size)
     profile = Profile(found, None, None)
     parts = recall(found, image, profile.word) if cache else None
@@ -91,7 +114,8 @@ def read_profile(found: Found, *, cache: bool = False) -> Profile:
     if cache and (place is None or not place.damaged):
         extent = None if place is None else Extent(place.address, place.header.size)
         btf = profile.types if isinstance(profile.types, Btf) else None
-        keep(found, image, Parts(profile.kallsyms, profile.exports, btf, extent, profile.notes))
+        symbols = profile.kallsyms if isinstance(profile.kallsyms, Kallsyms) else None
+        keep(found, image, Parts(symbols, profile.exports, btf, extent, profile.notes))
     return profile
 
 
@@ -124,6 +148,6 @@ def _types(profile: Profile, image: Memory) -> tuple[Btf, Candidate]:
             return load_btf(image, start - base, stop - base)
         except NotFoundError:
             pass
-    if profile.kallsyms is not None and built_without_types(profile.kallsyms):
+    if isinstance(profile.kallsyms, Kallsyms) and built_without_types(profile.kallsyms):
         raise NotFoundError("the kernel was built without BTF")
     return load_btf(image)

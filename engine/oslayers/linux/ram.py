@@ -36,6 +36,16 @@ def layouts(memory: Memory) -> Iterator[tuple[Memory, int]]:
         yield MappedMemory(memory, MemoryMap.whole(memory.size, base)), base
 
 
+def place_in(layout: Memory, image: Memory, offset: int) -> int | None:
+    """The physical address at which a layout of the image has what lies at `offset` of it; None where it has it not."""
+    if layout is image or not isinstance(layout, MappedMemory):
+        return offset
+    for piece in layout.memory_map.coalesced():
+        if piece.real_base <= offset < piece.real_base + piece.length:
+            return piece.base + offset - piece.real_base
+    return None
+
+
 def split_layout(memory: Memory, split: int) -> Memory:
     """An image of a PC: what exceeds `split` lies at 4 GiB."""
     ranges = [MapRange(0, split, 0), MapRange(FOUR_GIB, memory.size - split, split)]

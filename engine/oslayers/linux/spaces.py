@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from engine.errors import FaultError, FaultKind, NotFoundError
+from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.memory import Addresses, Faults, Memory, Rows
 from engine.oslayers.linux.cached_files import CachedPages, pages_of
 from engine.oslayers.linux.kernel import Kernel
@@ -42,6 +42,7 @@ class Mappings:
         except NotFoundError:
             self.found = []
         self.starts = [mapping.start for mapping in self.found]
+        self.areas = kernel.swap_areas(self.objects)
         self._pages: dict[int, CachedPages | None] = {}
 
     def at(self, address: int) -> Mapping | None:
@@ -157,12 +158,19 @@ class ProcessSpace(VirtualMemory):
             at = limit
 
     def _explained(self, address: int, error: FaultError) -> FaultError:
-        """The fault at an address that no mapping can help with."""
+        """The fault at an address that no mapping can help with: of a page in swap, where it is there."""
         try:
             self.walk(address)
         except FaultError as found:
-            return found
-        return error
+            error = found
+        format_of = self.kernel.swap_entries
+        if error.kind is not FaultKind.PAGED_OUT or format_of is None:
+            return error
+        entry = [entry for _, _, entry, _ in self.path(address)][-1]
+        number, offset = format_of.parts(entry)
+        if format_of.special.get(number) == "device":
+            return PagedOutError(address, detail="the page is in the memory of a device")
+        return PagedOutError(address, detail=self.mappings().areas.place(number, offset))
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`."""

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from engine.errors import FaultError, NotFoundError
-from engine.layout import Field
+from engine.layout import Field, StructLayout
 from engine.memory import Addresses
 from engine.oslayers.linux.names import KernelThreadNames
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.walks import settled_ring
 
+NOTHING_KNOWN = StructLayout("", 0, ())
+"""Stands for a structure of which no member is known."""
 TASK_LIMIT = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 PF_KTHREAD = 0x0020_0000
@@ -54,7 +56,8 @@ class TaskRecord:
     uid: int | None = None
     gid: int | None = None
     flags: int | None = None
-    mm: int = 0
+    mm: int | None = 0
+    """0 of who has no address space; None where it is not known."""
     start_ns: int | None = None
     """Nanoseconds since boot, suspended time included."""
     threads: int | None = None
@@ -81,8 +84,8 @@ class Tasks:
         self.task = objects.struct("task_struct")
         self.link = self.task["tasks"]
         self.head = profile.require("init_task")
-        self.signal = objects.struct("signal_struct")
-        self.cred = objects.struct("cred")
+        self.signal = objects.types.struct("signal_struct") or NOTHING_KNOWN
+        self.cred = objects.types.struct("cred") or NOTHING_KNOWN
         self.names = KernelThreadNames(objects, self.task)
 
     def ring(self, objects: Objects) -> tuple[list[int], bool]:
@@ -98,11 +101,12 @@ class Tasks:
 
     def threads(self, objects: Objects, leader: int) -> list[int]:
         """The tasks of a thread group; the leader alone where the list cannot be read."""
-        node, head = self.task.get("thread_node"), self.signal.get("thread_head")
-        if node is None or head is None:
+        node, head, of_group = self.task.get("thread_node"), self.signal.get("thread_head"), self.task.get("signal")
+        if node is None or head is None or of_group is None:
+            objects.skipped["thread list"] += 1
             return [leader]
         try:
-            signal = objects.pointer(leader + self.task["signal"].offset)
+            signal = objects.pointer(leader + of_group.offset)
         except FaultError:
             return [leader]
         if not objects.is_pointer(signal):
@@ -129,29 +133,31 @@ class Tasks:
         comms = objects.texts(column, self.task["comm"])
         values["ppid"] = self._through(objects, column, "real_parent", self.task["tgid"])
         for name in ("uid", "gid"):
-            values[name] = self._through(objects, column, "real_cred", self.cred[f"{name}.val"])
-        count = self.signal.get("nr_threads")
-        values["threads"] = self._through(objects, column, "signal", count) if count else [None] * len(column)
+            values[name] = self._through(objects, column, "real_cred", self.cred.get(f"{name}.val"))
+        values["threads"] = self._through(objects, column, "signal", self.signal.get("nr_threads"))
         records = []
         for row, address in enumerate(addresses):
             comm = comms[row]
             if not good[row] or comm is None or not 0 <= values["pid"][row] <= TASK_LIMIT:
                 objects.skipped["task"] += 1
                 continue
-            state, flags = values["state"][row], values["flags"][row]
+            state, ended, flags = values["state"][row], values["exit_state"][row], values["flags"][row]
             name = self.names.of(objects, address, comm, flags) if flags and flags & PF_KTHREAD else comm
             record = TaskRecord(
                 address, values["pid"][row], values["tgid"][row], comm, values["ppid"][row],
-                None if state is None else state_letter(state & 0xFFFF_FFFF, values["exit_state"][row] or 0),
-                values["uid"][row], values["gid"][row], flags, values["mm"][row] or 0,
+                None if state is None or ended is None else state_letter(state & 0xFFFF_FFFF, ended),
+                values["uid"][row], values["gid"][row], flags, values["mm"][row],
                 values["start"][row], values["threads"][row], name,
             )  # fmt: skip
             records.append(record)
         return records
 
-    def _through(self, objects: Objects, column: Addresses, member: str, target: Field) -> list[int | None]:
-        """A member of what a pointer in each task leads to; None where that cannot be read."""
-        pointers, good = objects.pointers(column, self.task[member])
+    def _through(self, objects: Objects, column: Addresses, member: str, target: Field | None) -> list[int | None]:
+        """A member of what a pointer in each task leads to; None where that cannot be read, or is not known."""
+        link = self.task.get(member)
+        if link is None or target is None:
+            return [None] * len(column)
+        pointers, good = objects.pointers(column, link)
         possible = good & np.array([objects.is_pointer(pointer) for pointer in pointers.tolist()], bool)
         found, readable = objects.column(np.where(possible, pointers, np.uint64(self.head)), target)
         return [

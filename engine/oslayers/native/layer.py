@@ -7,17 +7,26 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Self
 
 from engine.errors import AccessDeniedError, InvalidArgumentError, NotRecognisedError, ProcessExitedError
 from engine.oslayer import Base, Module, Options, OsLayer
 from engine.oslayers.native.process import NativeProcess
-from engine.oslayers.native.procfs import ProcDirectory
+from engine.oslayers.native.procfs import ProcDirectory, read_start
 from engine.types import OsInfo
 
 _BOOT_TIME = re.compile(rb"^btime (\d+)$", re.MULTILINE)
 _MOST_PID = 1 << 31
+
+
+def read_command_line() -> str | None:
+    """What the kernel was started with; None where that is hidden."""
+    try:
+        return os.fsdecode(read_start("/proc/cmdline")).rstrip("\n")
+    except OSError:
+        return None
 
 
 def read_boot_time() -> float | None:
@@ -41,6 +50,7 @@ class NativeLayer(OsLayer):
         self._writable = writable
         # Once: the kernel computes it from a clock that is adjusted, and start times must not wander.
         self._boot_time = read_boot_time()
+        self._command_line = read_command_line()
         self._hidden = 0
 
     @classmethod
@@ -67,6 +77,9 @@ class NativeLayer(OsLayer):
             architecture=host.machine,
             page_size=os.sysconf("SC_PAGE_SIZE"),
             boot_time=self._boot_time,
+            time=time.time(),
+            uptime=time.clock_gettime(time.CLOCK_BOOTTIME),
+            command_line=self._command_line,
             hostname=host.nodename,
             live=True,
             writable=self._writable,

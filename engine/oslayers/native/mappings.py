@@ -170,9 +170,9 @@ class TextMappings(Mappings):
                     return
                 name = os.fsencode(region.path)
                 yield Mapping(
-                    region.start, region.stop, bool(region.rights & Rights.READ), region.shared,
+                    region.start, region.stop, bool(region.rights & Rights.READ), bool(region.shared),
                     region.offset, region.device, region.inode, region.device in huge_page_devices(),
-                    storage_of(region.device, region.inode, name, shared=region.shared), name,
+                    storage_of(region.device, region.inode, name, shared=bool(region.shared)), name,
                 )
         except ProcessLookupError:
             raise AddressSpaceGoneError from None

@@ -147,6 +147,7 @@ def test_maps_as_json_has_every_key_of_every_line(target):
         assert record == {
             "start": f"{int(start, 16):#x}", "stop": f"{int(stop, 16):#x}", "permissions": permissions,
             "offset": f"{int(offset, 16):#x}", "device": device, "inode": int(inode), "path": "".join(path),
+            "source": None,
         }  # fmt: skip
 
 

@@ -1,0 +1,112 @@
+"""From memory to its Linux kernel: by VMCOREINFO, without it, or as far as recognising what cannot be read yet.
+
+What a person gives (`dtb=`, `kaslr=`) narrows the search; it is never needed, and a wrong value ends it in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from engine.errors import InvalidArgumentError, NotRecognisedError
+from engine.formats.vmcoreinfo import Vmcoreinfo
+from engine.memory import Memory
+from engine.oslayers.linux.architectures import LINKED_AT, family
+from engine.oslayers.linux.claims import leads
+from engine.oslayers.linux.finding import Found, described
+from engine.oslayers.linux.unaided import unaided
+
+ALIGNMENT = 2 << 20
+"""KASLR moves kernels by multiples of this, or of less on 32-bit x86 (CONFIG_PHYSICAL_ALIGN)."""
+KEYS = {"NUMBER(RADIX_MMU)": "ppc64le", "KERNELOFFPHYS": "s390x"}
+"""Keys of VMCOREINFO that tell architectures whose page tables are not walked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A kernel of an architecture whose page tables are not walked: it can be named, and no more."""
+
+    release: str
+    machine: str
+    """As `uname -m` prints it."""
+    vmcoreinfo: Vmcoreinfo | None = None
+
+
+class _Remembered(Iterable[Vmcoreinfo]):
+    """Texts that can be gone through again, each looked for once, and no sooner than it is asked for."""
+
+    def __init__(self, source: Iterable[Vmcoreinfo]) -> None:
+        self._source = iter(source)
+        self._known: list[Vmcoreinfo] = []
+
+    def __iter__(self) -> Iterator[Vmcoreinfo]:
+        yield from self._known
+        for text in self._source:
+            self._known.append(text)
+            yield text
+
+
+def find_kernel(
+    memory: Memory, texts: Iterable[Vmcoreinfo], *, keep: bool, dtb: int | None = None, slide: int | None = None
+) -> Found | Recognised:
+    """The first kernel that proves itself, and fits what was given: a top page table, how far KASLR has moved it.
+
+    Raises InvalidArgumentError where kernels are there, but none that fits; NotRecognisedError, saying what was found
+    and why that was not enough, where there is none.
+    """
+    texts = _Remembered(texts)
+    others = []
+    for found in _kernels(memory, texts, keep, dtb):
+        if slide is None or slide in slides(found):
+            return found
+        moved = " or ".join(map(hex, slides(found)))
+        others.append(f"Linux {found.release} is moved by {moved or 'nobody knows how much'}")
+    if others:
+        raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(others)}")
+    if dtb is not None:
+        without = next(_kernels(memory, texts, keep, None), None)
+        if without is not None:
+            right = f"its own is {without.candidate.dtb:#x} ({without.candidate.spec.name})"
+            raise InvalidArgumentError(f"dtb={dtb:#x} is no page table of the Linux {without.release} here: {right}")
+    found_only = recognised(memory, texts)
+    if found_only is not None:
+        return found_only
+    raise NotRecognisedError(_why_not(memory, texts))
+
+
+def _kernels(memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None) -> Iterator[Found]:
+    return chain(described(memory, texts, keep=keep, dtb=dtb), unaided(memory, keep=keep, dtb=dtb))
+
+
+def slides(found: Found) -> list[int]:
+    """How far KASLR may have moved a kernel: one answer where it says so itself, else one for each place of linking."""
+    told = found.vmcoreinfo.kernel_offset
+    if told is not None:
+        return [told]
+    start = found.vmcoreinfo.symbol("_text") or found.vmcoreinfo.symbol("_stext") or found.image.start
+    possible = [start // ALIGNMENT * ALIGNMENT - linked for linked in LINKED_AT.get(found.machine, ())]
+    exact = [start - linked for linked in LINKED_AT.get(found.machine, ())]
+    return sorted({slide for slide in (*possible, *exact) if 0 <= slide < 1 << 47})
+
+
+def recognised(memory: Memory, texts: Iterable[Vmcoreinfo]) -> Recognised | None:
+    """A kernel of another architecture that its names and its banner, or its names and VMCOREINFO, both tell."""
+    described_by = {text.release: text for text in texts}
+    for lead in leads(memory):
+        machines = {claim.machine for claim in lead.names if claim.machine and family(claim.machine) is None}
+        if len(machines) == 1 and (lead.banners or lead.release in described_by):
+            return Recognised(lead.release, machines.pop(), described_by.get(lead.release))
+    for text in described_by.values():
+        for key, machine in KEYS.items():
+            if text.text(key) is not None:
+                return Recognised(text.release, machine, text)
+    return None
+
+
+def _why_not(memory: Memory, texts: Iterable[Vmcoreinfo]) -> str:
+    told = list(dict.fromkeys(f"VMCOREINFO of Linux {text.release or 'of an unknown release'}" for text in texts))
+    told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in leads(memory)]
+    if not told:
+        return "there is neither VMCOREINFO nor a kernel's banner in this memory"
+    return f"there is {'; '.join(dict.fromkeys(told))}, but no page tables that lead to that kernel"
