@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from cloudfs.commands._arguments import UsageError
 from cloudfs.commands._opening import AbsentError, Need, Opened, process_of
-from engine.errors import EngineError, FaultError, InvalidArgumentError
+from engine.errors import EngineError, FaultError, InvalidArgumentError, NotFoundError
 from engine.memory import Memory
 from engine.numbers import parse_number
-from engine.oslayer import Process
+from engine.oslayer import CachedFiles, Process
 from engine.types import ADDRESS_SPACE, Extent
 
 CHUNK = 1 << 20
@@ -61,8 +61,10 @@ def need_of(word: str, *, is_process: bool = False) -> Need:
 def space_of(target: Opened, word: str, *, is_process: bool = False) -> Iterator[Space]:
     """The address space called `word`: `physical`, `kernel`, or that of a process, by PID or name.
 
-    Raises AbsentError where the target has none such.
+    `PID/files/N` is a file of a process as far as the target's memory holds it, as in the tree of a mount. Raises
+    AbsentError where the target has none such.
     """
+    owner, part, file = word.rpartition("/files/")
     if word == "physical" and not is_process:
         yield _physical(target)
     elif word == "kernel" and not is_process:
@@ -70,9 +72,23 @@ def space_of(target: Opened, word: str, *, is_process: bool = False) -> Iterator
         if memory is None:
             raise AbsentError(f"{target.name} shows no kernel memory; name a process by its PID")
         yield Space(f"the kernel of {target.name}", memory)
+    elif part and not is_process:
+        with process_of(target, owner) as process:
+            yield _file(target, process, file)
     else:
         with process_of(target, word) as process:
             yield Space(f"process {process.info.pid} of {target.name}", process.memory, lambda: _regions(process))
+
+
+def _file(target: Opened, process: Process, name: str) -> Space:
+    source, pid = process.capability(CachedFiles), process.info.pid
+    if source is None:
+        raise AbsentError(f"{target.name} does not show what its memory holds of files")
+    try:
+        return Space(f"file {name} of process {pid} of {target.name}", source.cached_file(name))
+    except NotFoundError as error:
+        listed = " ".join(info.name for info in source.cached_files()) or "none"
+        raise AbsentError(f"{error}; there are: {listed}") from None
 
 
 def _regions(process: Process) -> list[Extent]:

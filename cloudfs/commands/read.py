@@ -1,8 +1,8 @@
 """Prints memory: as `hexdump -C` does on a terminal, raw bytes into a pipe.
 
-SPACE is a PID, a process's name where only one has it, `kernel` or `physical`. What cannot be read is said on
-standard error (exit code 4): hexdump lines leave it out, raw bytes have zeros for it where bytes follow, so that
-offsets stay true.
+SPACE is a PID, a process's name where only one has it, `kernel` or `physical`, or `PID/files/N`: the file behind a
+descriptor, as far as the page cache of a captured machine holds it. What cannot be read is said on standard error
+(exit code 4): hexdump lines leave it out, raw bytes have zeros for it where bytes follow, so that offsets stay true.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from engine.numbers import parse_number
 EXAMPLES = """\
   cloudfs read 1 0x7ffd0000 256                 a process of this machine
   cloudfs read -p sshd 0x7ffd0000 1M > part     by name, raw bytes into a file
+  cloudfs read memory.raw 812/files/3 0 1M      the file behind a descriptor, from the page cache
   cloudfs read memory.raw physical 0 4K         an image of physical memory
   cloudfs read -c raw:memory.raw:base=1M physical 1M 64    one that begins at 1M
   cloudfs read 1 0x7ffd0000 256 --hex | less    lines in a pipe too

@@ -24,9 +24,18 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from guests import kernels, machine, program
+from guests import machine, program
 from guests.catalogue import GUESTS, Guest
-from guests.kernels import KERNELS, GuestError, KernelFiles, MissingError, cache_root, locked, made_whole, provide
+from guests.kernels import (
+    GuestError,
+    KernelFiles,
+    MissingError,
+    cache_root,
+    fetch_package,
+    locked,
+    made_whole,
+    provide,
+)
 from guests.recorder import _forget_unused as forget_unused
 from guests.recorder import _qemu_version as qemu_version
 from guests.recorder import sparse_copy
@@ -177,11 +186,8 @@ def _modules(name: str, kernel: KernelFiles) -> tuple[Path, ...]:
 
 
 def _fetch_modules(name: str, kernel: KernelFiles, folder: Path) -> None:
-    architecture = KERNELS[name].architecture
-    with locked("apt"), tempfile.TemporaryDirectory(prefix="cloudfs-modules-") as downloads:
-        apt = kernels._Apt(cache_root() / "apt")
-        apt.download([f"{kernel.package}:{architecture}={kernel.version}"], Path(downloads))
-        found = _all_modules(next(Path(downloads).glob("*.deb")))
+    with tempfile.TemporaryDirectory(prefix="cloudfs-modules-") as downloads:
+        found = _all_modules(fetch_package(name, kernel, Path(downloads)))
     order: list[str] = []
 
     def want(wanted: str) -> None:

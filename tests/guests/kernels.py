@@ -152,9 +152,20 @@ def _files(kernel: Kernel) -> KernelFiles:
 
 def _fetch(kernels: list[Kernel]) -> None:
     for bare in {kernel.bare for kernel in kernels}:
-        known = [kernel for kernel in KERNELS.values() if kernel.bare == bare]
-        apt = _Apt(cache_root() / ("apt-bare" if bare else "apt"), known)
-        _fetch_with(apt, [kernel for kernel in kernels if kernel.bare == bare])
+        _fetch_with(_apt_for(bare), [kernel for kernel in kernels if kernel.bare == bare])
+
+
+def _apt_for(bare: bool) -> _Apt:
+    known = [kernel for kernel in KERNELS.values() if kernel.bare == bare]
+    return _Apt(cache_root() / ("apt-bare" if bare else "apt"), known)
+
+
+def fetch_package(name: str, files: KernelFiles, folder: Path) -> Path:
+    """The package of a kernel in the cache once more, into a folder, for what `provide` left in it; it may be gone."""
+    kernel = KERNELS[name]
+    with locked("apt"):
+        _apt_for(kernel.bare).download([f"{files.package}:{kernel.architecture}={files.version}"], folder)
+    return _deb(folder, files.package, kernel.architecture)
 
 
 def _fetch_with(apt: _Apt, kernels: list[Kernel]) -> None:
