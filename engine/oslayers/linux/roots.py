@@ -1,13 +1,14 @@
 """Top page tables by what they do: which pages of memory, taken for one, lead an address to where it must lie.
 
     mapping_roots(physical, spec, pages, va, pa)      those of many pages that do; all are walked at once
-    addresses_of(physical, spec, root, region, pa)    the addresses of a region at which a table maps a place
+    addresses_of(physical, spec, root, region, pas)   the addresses of a region at which a table maps places
 
 One pair of addresses leaves, of a hundred thousand pages, the tables of the kernel and of its processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -89,52 +90,72 @@ def _told(level: LevelRows, entries: Addresses) -> tuple[Any, Addresses, Address
     return codes, level.bases(codes, entries), (np.uint64(1) << bits) - np.uint64(1), leads_on
 
 
-def addresses_of(physical: Memory, spec: MmuSpec, root: int, region: Extent, place: int) -> list[int]:
-    """The addresses of the region that this top table maps to the physical address `place`, ascending.
+def addresses_of(
+    physical: Memory, spec: MmuSpec, root: int, region: Extent, places: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(address, place): where in the region this top table maps the physical addresses `places`, ascending.
 
-    Each table is looked through once, however often it is named: loops and aliases end here.
+    Each table is looked through once, however often it is named: loops and aliases end here. So do tables in which
+    there are entries that no processor takes, but for those of the last level, where kernels leave some.
     """
     try:
         levels = rows_of(spec).levels
     except UnsupportedError:
         return []
     reader = TableReader(physical, spec.entry_size)
-    first = region.start >> int(levels[0].shift)
-    count = min(((region.stop - 1) >> int(levels[0].shift)) - first + 1, levels[0].count)
-    index = (np.arange(count, dtype=np.uint64) + np.uint64(first)) & levels[0].index_mask
-    entries, bad = reader.words(np.uint64(root) + (index << levels[0].entry_bits))
-    if bad is not None:
-        entries[bad] = 0
-    starts = (np.arange(count, dtype=np.uint64) + np.uint64(first)) << levels[0].shift
-    found: list[int] = []
+    tables, parents = np.array([root], np.uint64), np.array([_first(region, levels[0])], np.uint64)
+    found: list[tuple[int, int]] = []
     for number, level in enumerate(levels):
+        entries, starts = _entries(reader, level, tables, parents, region)
         codes, bases, inside, leads_on = _told(level, entries)
-        hits = (codes > 0) & ~leads_on & (bases & ~inside == np.uint64(place) & ~inside)
-        found += [start + (place & within) for start, within in zip(
-            starts[hits].tolist(), inside[hits].tolist(), strict=True
-        )]  # fmt: skip
-        if number + 1 == len(levels) or not leads_on.any():
-            break
-        below = levels[number + 1]
+        if number < len(levels) - 1:
+            wrong = (entries != 0) & ((codes == 0) | (leads_on & (bases >= np.uint64(physical.size))))
+            leads_on &= np.repeat(~wrong.reshape(-1, level.count).any(axis=1), level.count)
+        outside = (starts < np.uint64(_first(region, level))) | (starts > np.uint64(region.stop - 1))
+        leads_on &= ~outside
+        leaves = np.flatnonzero((codes > 0) & ~leads_on & ~outside)
+        for place in places:
+            within = inside[leaves]
+            hits = leaves[bases[leaves] & ~within == np.uint64(place) & ~within]
+            found += [(int(starts[row]) + (place & int(inside[row])), place) for row in hits.tolist()]
         tables, rows = np.unique(bases[leads_on], return_index=True)
         tables, parents = tables[:TABLE_LIMIT], starts[leads_on][rows][:TABLE_LIMIT]
-        matrix, bad = reader.rows(tables, below.width)
-        if bad is not None:
-            matrix[bad] = 0
-        entries = np.ascontiguousarray(matrix).reshape(-1)
-        steps = np.arange(below.count, dtype=np.uint64) << below.shift
-        starts = (parents[:, None] + steps[None, :]).reshape(-1)
-    return sorted(address for address in found if address in region)
+        if not len(tables):
+            break
+    return sorted(pair for pair in found if pair[0] in region)
 
 
-def table_like(physical: Memory, spec: MmuSpec, pages: Addresses) -> Addresses:
-    """Those of the pages that look like a top table: some entries, and none that a processor would not take."""
+def _first(region: Extent, level: LevelRows) -> int:
+    return region.start & -level.span
+
+
+def _entries(
+    reader: TableReader, level: LevelRows, tables: Addresses, parents: Addresses, region: Extent
+) -> tuple[Addresses, Addresses]:
+    """All entries of tables of one level, and the addresses from which on they translate.
+
+    A top table's are turned so that they begin with the region's: the high half comes first then.
+    """
+    matrix, bad = reader.rows(tables, level.width)
+    if bad is not None:
+        matrix[bad] = 0
+    steps = np.arange(level.count, dtype=np.uint64) << level.shift
+    if level.number == 0:
+        turn = (region.start >> int(level.shift)) & (level.count - 1)
+        matrix = np.roll(matrix, -turn, axis=1)
+    with np.errstate(over="ignore"):
+        starts = parents[:, None] + steps[None, :]
+    return np.ascontiguousarray(matrix).reshape(-1), starts.reshape(-1)
+
+
+def table_like(memory: Memory, spec: MmuSpec, pages: Addresses, region: Extent, size: int) -> Addresses:
+    """Those of the pages that look like a top table with entries for the region: all lead to tables below `size`."""
     try:
         level = rows_of(spec).levels[0]
     except UnsupportedError:
         return pages[:0]
-    reader = TableReader(physical, spec.entry_size)
-    size = physical.size
+    reader = TableReader(memory, spec.entry_size)
+    first = (region.start >> int(level.shift)) & (level.count - 1)
     found = [pages[:0]]
     for start in range(0, len(pages), _BATCH):
         some = pages[start : start + _BATCH]
@@ -142,11 +163,11 @@ def table_like(physical: Memory, spec: MmuSpec, pages: Addresses) -> Addresses:
         if bad is not None:
             matrix[bad] = 0
         entries = np.ascontiguousarray(matrix).reshape(-1)
-        codes, bases, _, leads_on = _told(level, entries)
-        wrong = (entries != 0) & ((codes == 0) | (bases >= np.uint64(size)))
+        _, bases, _, leads_on = _told(level, entries)
+        good = leads_on & (bases < np.uint64(size))
         shape = (len(some), level.count)
-        count = leads_on.reshape(shape).sum(axis=1)
-        found.append(some[~wrong.reshape(shape).any(axis=1) & (count > 0)])
+        wrong = ((entries != 0) & ~good).reshape(shape).any(axis=1)
+        found.append(some[~wrong & good.reshape(shape)[:, first:].any(axis=1)])
     return np.concatenate(found)
 
 

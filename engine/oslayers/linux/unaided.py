@@ -34,6 +34,7 @@ from engine.oslayers.linux.ram import layouts, place_in
 from engine.oslayers.linux.roots import addresses_of, aligned, entry_counts, mapping_roots, pages_of, table_like
 from engine.translate.mmu import Walker
 from engine.translate.virtual import VirtualMemory
+from engine.types import ADDRESS_SPACE
 
 NEAR = (32 << 20, 128 << 20)
 """How far from a banner kallsyms are looked for: at first, then."""
@@ -47,6 +48,8 @@ ROOT_LIMIT = 256
 """Tables that lead to the right place: that many processes at the most are ranked."""
 LIKELY_LIMIT = 512
 """Pages like a top table that are tried where no address is known."""
+LARGE_IMAGE = 48 << 20
+"""More than a kernel's image has."""
 LEAST_IMAGE, LEAST_STEP = 1 << 20, 1 << 16
 """Around a place of an image so many bytes are mapped with it, in steps of so many."""
 
@@ -174,13 +177,14 @@ class _Stage(enum.Enum):
 
 
 def _found(memory: Memory, signs: Signs, machine: str | None, dtb: int | None, *, keep: bool) -> Found | None:
+    likely: dict[str, Addresses] = {}
     for stage in _Stage if dtb is None else (_Stage.TOLD,):
         for physical, first in layouts(memory):
             anchors = [place for each in signs.anchors if (place := place_in(physical, memory, each)) is not None]
             if len(anchors) < len(signs.anchors):
                 continue
             for guess in paging_modes(machine, signs.lead.release_number):  # those of more levels first: see there
-                pages = _pages(memory, physical, signs, guess, anchors, stage, dtb)
+                pages = _pages(memory, physical, signs, guess, anchors, stage, dtb, likely)
                 proof = _proof(memory, physical, first, signs, guess, anchors, pages)
                 if proof is not None:
                     return _described(proof, signs, memory, keep=keep)
@@ -203,18 +207,26 @@ def _proof(
 
 
 def _pages(
-    memory: Memory, physical: Memory, signs: Signs, guess: Candidate, anchors: list[int], stage: _Stage, dtb: int | None
-) -> Addresses:
-    """Where a top table may lie."""
+    memory: Memory, physical: Memory, signs: Signs, guess: Candidate, anchors: list[int], stage: _Stage,
+    dtb: int | None, likely: dict[str, Addresses]
+) -> Addresses:  # fmt: skip
+    """Where a top table may lie; `likely` keeps, by mode, the places in the file of what is like one."""
     if stage is _Stage.TOLD:
         top = signs.top if signs.top is not None and signs.top >= 0 else None
         place = place_in(physical, memory, top) if top is not None else None
         place = guess.spec.dtb(dtb) if dtb is not None else place
         return np.array([] if place is None else [place], np.uint64)
+    if signs.shift is None and guess.wide:
+        if stage is not _Stage.IMAGE:  # to look through all of memory for what is like a table takes too long
+            return np.empty(0, np.uint64)
+        if guess.spec.name not in likely:
+            near = pages_of(memory, min(signs.anchors) - NEAR[0], max(signs.anchors) + NEAR[0])
+            region = image_region(guess)
+            likely[guess.spec.name] = table_like(memory, guess.spec, near, region, ADDRESS_SPACE - 1)[:LIKELY_LIMIT]
+        places = [place_in(physical, memory, page) for page in likely[guess.spec.name].tolist()]
+        return np.array([place for place in places if place is not None], np.uint64)
     if stage is _Stage.IMAGE:
         return aligned(pages_of(physical, anchors[0] - NEAR[1], anchors[0] + NEAR[1]), guess.spec)
-    if signs.shift is None and guess.wide:
-        return pages_of(physical, 0, 0)  # to look through all of memory for what is like a table takes too long
     return aligned(pages_of(physical), guess.spec)
 
 
@@ -246,23 +258,33 @@ def _without_shift(
     physical: Memory, guess: Candidate, pages: Addresses, anchors: list[int], *, certain: bool
 ) -> list[tuple[int, int, int]]:
     """(top table, distance, anchor) where the page tables themselves say at which addresses the anchors are mapped."""
-    likely = table_like(physical, guess.spec, pages) if len(pages) > 1 else pages
     region, found = image_region(guess), []
-    for root in likely[:LIKELY_LIMIT].tolist():
-        for anchor in anchors[: 1 if certain else None]:
-            for address in addresses_of(physical, guess.spec, root, region, anchor):
-                if certain and not _leading(physical, guess, np.array([root], np.uint64), address - anchor, anchors):
-                    continue
-                found.append((root, address - anchor, anchor))
+    likely = table_like(physical, guess.spec, pages, region, physical.size) if len(pages) > 1 else pages
+    wanted = anchors[:1] if certain else anchors
+    for root in likely.tolist():
+        for address, place in addresses_of(physical, guess.spec, root, region, wanted):
+            shift = address - place
+            if not certain or _leading(physical, guess, np.array([root], np.uint64), shift, anchors):
+                found.append((root, shift, place))
     return found
 
 
 def _is_image(proof: _Proof) -> bool:
-    """Whether what lies around the anchor is mapped in one run, as images are."""
-    candidate, first = proof.candidate, proof.anchor & -LEAST_STEP
+    """Whether what lies around the anchor is mapped in one run, as images are: beyond the very page, too.
+
+    A table of another mode may lead to the right place by chance, and to wrong ones beside it.
+    """
+    candidate, mapped = proof.candidate, 0
     walker = Walker(proof.physical, candidate.spec, candidate.dtb, keep=True)
-    mapped = 0
-    for place in range(first - LEAST_IMAGE, first + LEAST_IMAGE, LEAST_STEP):
+    try:
+        bits = walker.find((proof.anchor + proof.shift) % (1 << 64))[1]
+    except FaultError:
+        return False
+    own, reach = proof.anchor >> bits, max(2 * LEAST_IMAGE, 1 << bits)
+    first = proof.anchor & -LEAST_STEP
+    for place in range(first - reach, first + reach, LEAST_STEP):
+        if place >> bits == own or place < 0:
+            continue
         try:
             mapped += walker.find((place + proof.shift) % (1 << 64))[0] == place
         except FaultError:
@@ -322,7 +344,10 @@ def _described(proof: _Proof, signs: Signs, memory: Memory, *, keep: bool) -> Fo
                 known[name] = (address + moved) % size
     top = (candidate.dtb + proof.shift) % size
     known.setdefault("swapper_pg_dir", known.pop("init_top_pgt", top))
-    known.setdefault("_text", _run(proof)[0])
+    first = _run(proof)[0]
+    if signs.symbols is None and not candidate.wide:  # all of low memory is one run: its table lies in the image
+        first = max(first, min(top, proof.anchor + proof.shift) - LARGE_IMAGE)
+    known.setdefault("_text", first)
     values |= {f"SYMBOL({name})": f"{address:x}" for name, address in known.items()}
     text = Vmcoreinfo.parse("".join(f"{key}={value}\n" for key, value in values.items()).encode())
     return replace(Found(candidate, text, proof.physical, space, image_extent(space, text)), unaided=True)
