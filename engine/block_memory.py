@@ -63,12 +63,13 @@ class DecodedBlocks:
             except FaultError as error:
                 found = _sentence(error)
             if keep or isinstance(found, str):
-                self._keep(index, found)
+                self.keep(index, found)
         if isinstance(found, str):
             raise SourceFaultError(address, FaultKind.SOURCE, found)
         return found
 
-    def _keep(self, index: int, found: bytes | str) -> None:
+    def keep(self, index: int, found: bytes | str) -> None:
+        """Keep a block, or why it does not decode."""
         with self._lock:
             if index not in self._kept:
                 self._kept[index] = found
@@ -138,6 +139,14 @@ class BlockMemory(Memory):
         self._runs = _runs(self._starts, self._stops)
         odd = int(np.bitwise_or.reduce(self._starts | self._lengths)) if len(self._starts) else 0
         self.page_size = (odd | page_size) & -(odd | page_size)
+
+    def is_kept(self, index: int) -> bool:
+        """Whether a block is there without being decoded."""
+        return index in self._blocks
+
+    def keep(self, index: int, data: bytes) -> None:
+        """Keep a block that was decoded otherwise, as if it had been asked for."""
+        self._blocks.keep(index, data)
 
     @property
     def size(self) -> int:

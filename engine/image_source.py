@@ -6,6 +6,7 @@
 - A split image, NAME.001 NAME.002 … (also .000, .00, .01, .aa), is joined where its first part is named.
 - ZIP: a member that is stored as it is lies in place.
 - xz, Zstandard: packed in blocks (frames) that are small enough, it is unpacked where it is read.
+- A URL is read by ranges; see `engine.remote_file`.
 - Anything else that is packed ends in a sentence with the command that unpacks it.
 
 What is inside is for others to recognise; a connector over files opens them here and hands on what the source says of
@@ -35,6 +36,7 @@ from engine.joined_memory import JoinedMemory
 from engine.leases import JointLease, Lease
 from engine.memory import Memory, MemoryWindow
 from engine.recognition import HEAD_SIZE, Format, recognise
+from engine.remote_file import RemoteFile, is_url
 
 Column = npt.NDArray[np.uint64]
 
@@ -47,13 +49,16 @@ _DIGITS = dict(zip(string.ascii_lowercase, string.digits + string.ascii_lowercas
 _NUMBERED = re.compile(r"(?P<stem>.+\.)(?P<number>[0-9]{2,5}|[a-z]{2,3})", re.DOTALL)
 
 
+ImageFile = FileMemory | RemoteFile
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     """The bytes of an image, and the files that they come from."""
 
     path: str
     memory: Memory
-    files: tuple[FileMemory, ...]
+    files: tuple[ImageFile, ...]
     notes: tuple[str, ...] = ()
     """Sentences for `info`: what it is kept in, what of it is missing."""
     lease: Lease | None = None
@@ -89,11 +94,11 @@ def open_source(path: str, options: Mapping[str, str], *, writable: bool, as_it_
     `options` are those of `FRESHNESS_HELP`. Raises NotRecognisedError for what is packed and cannot be read in place,
     with the command that unpacks it; and what `open_image` raises.
     """
-    paths = [(0, path)] if as_it_is else parts_of(path)
-    files: list[FileMemory] = []
+    paths = [(0, path)] if as_it_is or is_url(path) else parts_of(path)
+    files: list[ImageFile] = []
     try:
         for _, part in paths:
-            files.append(open_image(part, options, writable=writable))
+            files.append(_opened(part, options, writable=writable))
         source = _joined(path, paths, files)
         return source if as_it_is else _unpacked(source)
     except BaseException:
@@ -102,9 +107,15 @@ def open_source(path: str, options: Mapping[str, str], *, writable: bool, as_it_
         raise
 
 
+def _opened(path: str, options: Mapping[str, str], *, writable: bool) -> ImageFile:
+    if is_url(path):
+        return RemoteFile(path, options, writable=writable)
+    return open_image(path, options, writable=writable)
+
+
 def is_split(path: str) -> bool:
     """Whether a file is the first part of several, by their names."""
-    return len(parts_of(path)) > 1
+    return not is_url(path) and len(parts_of(path)) > 1
 
 
 def parts_of(path: str) -> list[tuple[int, str]]:
@@ -152,7 +163,7 @@ def _number(text: str, decimal: bool) -> int | None:
     return int("".join(_DIGITS[character] for character in text), 26)
 
 
-def _joined(path: str, paths: Sequence[tuple[int, str]], files: list[FileMemory]) -> ImageSource:
+def _joined(path: str, paths: Sequence[tuple[int, str]], files: Sequence[ImageFile]) -> ImageSource:
     if len(files) == 1:
         return ImageSource(path, files[0], tuple(files), lease=files[0].lease)
     sizes = [file.size for file in files]

@@ -2,6 +2,7 @@
 
     nothing                  this machine
     memory.raw               an image file, its format recognised by content
+    https://host/memory.lime one behind a URL
     raw:memory.raw:base=1M   a plugin with target and options
     -c qemu:web-01 -o linux  a chain, each standing on the one before it
 """
@@ -19,6 +20,7 @@ from engine.file_memory import open_descriptor
 from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
 from engine.recognition import HEAD_SIZE, Format, connector_by_name, recognise
+from engine.remote_file import is_url
 
 Link = tuple[Kind, chain.Spec]
 
@@ -27,11 +29,7 @@ def image_link(path: str) -> Link:
 
     Raises NotRecognisedError for what no connector opens.
     """
-    try:
-        with open(path, "rb", opener=_open_regular) as file:
-            head = file.read(HEAD_SIZE)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
+    head = _head(path)
     found = recognise(head)
     inside: dict[str, str] = {}
     if is_split(path) or (found is not None and found.packing):
@@ -48,6 +46,17 @@ def image_link(path: str) -> Link:
         sentence = not_opened(path, found, "which no installed connector reads")
         raise NotRecognisedError(f"{sentence}; {chain.Spec('raw', path)} shows its bytes")
     return "connector", chain.Spec(found.connector, path)
+
+
+def _head(path: str) -> bytes:
+    if is_url(path):
+        with contextlib.closing(open_source(path, {}, writable=False, as_it_is=True)) as source:
+            return source.head()
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            return file.read(HEAD_SIZE)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
 
 
 def _check_packed(path: str, outer: Format | None, found: Format, connector: str) -> None:
@@ -67,8 +76,8 @@ def _open_regular(path: str, flags: int) -> int:
 def target_link(target: str) -> Link:
     """What a TARGET means: a plugin's spec where the word up to its first colon names one, else an image's path."""
     word = target.split(":", 1)[0]
-    if "://" in target and chain.NAME_PATTERN.fullmatch(word):
-        raise InvalidArgumentError(f"{target}: no installed connector opens URLs")
+    if is_url(target):
+        return image_link(target)
     if chain.NAME_PATTERN.fullmatch(word):
         plugin = registry.find(word)
         if plugin is not None:

@@ -30,9 +30,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.file_memory": ("engine.accelerator", "engine.memory", "engine.middleware", "engine.leases"),
     "engine.memory_map": ("engine.memory",),
     "engine.joined_memory": ("engine.memory",),
+    "engine.remote_file": ("engine.block_memory", "engine.middleware", "engine.leases"),
     "engine.image_source": (
         "engine.file_memory", "engine.joined_memory", "engine.block_memory", "engine.decoders", "engine.recognition",
-        "engine.formats.zip", "engine.formats.xz", "engine.formats.zstd",
+        "engine.formats.zip", "engine.formats.xz", "engine.formats.zstd", "engine.remote_file",
     ),
     "engine.zero_gaps": ("engine.memory",),
     "engine.decoders": ("engine.errors",),
