@@ -62,7 +62,7 @@ class QemuConnector(Connector):
         self._mapped = mapped
         self._live = live
         memory, self._memory_map = mapped.physical(placed.ranges)
-        self._memory = RamMemory(memory, presence)
+        self._memory = RamMemory(memory, presence, mapped.looker(presence))
         self._notes = placed.notes
         self._memory.read_padded(placed.ranges[0].base, 1)  # a lack of rights is said now
 

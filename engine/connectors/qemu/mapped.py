@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.connectors.qemu.finding import Guest
+from engine.connectors.qemu.presence import Presence
 from engine.connectors.qemu.ram import Run, region_at
 from engine.connectors.qemu.sources import JoinedMemory, Part, UntouchedRam
-from engine.errors import EngineError, NotFoundError, UnusableTargetError
+from engine.errors import EngineError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.mounts import Backing, filesystem_of
 from engine.types import Region
 
+SELDOM = 0.001
+"""Seconds after which a read of a file asks again whether its QEMU is still there."""
 DESCRIPTORS_MOST = 1 << 16
 
 
@@ -129,11 +132,25 @@ class Mapped:
                         paths.append(f"{folder}/fd/{name}")
         return paths
 
+    def looker(self, presence: Presence) -> Callable[[], None]:
+        """How often it is asked after a read whether the process is still there.
+
+        A process of this host is known by its descriptors: what is read through it is its own, or fails. A file stays
+        as it was. In a guest the page tables that were walked may be another process's by now: after every read.
+        """
+        if not self.guest.on_host:
+            return presence.check
+        return presence.glance(SELDOM) if any(file is not None for file in self._files.values()) else _nothing
+
     def close(self) -> None:
         """Give back what was opened."""
         for file in self._files.values():
             if file is not None:
                 file.close()
+
+
+def _nothing() -> None:
+    """No look is needed."""
 
 
 def _device(number: int) -> tuple[int, int]:
@@ -146,10 +163,3 @@ def _is_huge(path: str) -> bool:
         return os.fstatvfs(number).f_bsize >= 1 << 20 or filesystem_of(number) == "hugetlbfs"
     finally:
         os.close(number)
-
-
-def check_readable(memory: Memory, ranges: Sequence[MapRange]) -> None:
-    """Read one byte of each range, so that a lack of rights is said now. Raises what reading raises."""
-    for entry in ranges:
-        with contextlib.suppress(NotFoundError):
-            memory.read_padded(entry.base, 1)

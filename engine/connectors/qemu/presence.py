@@ -77,21 +77,20 @@ class Presence:
             pass
         raise self._ended()
 
-    def glance(self) -> Callable[[], None]:
-        """`check` for one operation that reads much: it looks now, and then as often as costs little."""
-        began = time.monotonic()
-        self.check()
-        took = time.monotonic() - began
-        following = began + SHARE * took
+    def glance(self, least: float = 0.0) -> Callable[[], None]:
+        """`check`, but only as often as costs little, and not within `least` seconds. It looks now."""
+        clock = time.monotonic
+        following = 0.0
 
         def look() -> None:
             nonlocal following
-            now = time.monotonic()
+            now = clock()
             if now < following:
                 return
             self.check()
-            following = now + SHARE * (time.monotonic() - now)
+            following = now + max(least, SHARE * (clock() - now))
 
+        look()
         return look
 
 

@@ -20,7 +20,7 @@ from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, 
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05
-"""Seconds for which reads may be answered without asking whether QEMU is still there."""
+"""Seconds for which reads of a file may be answered in C, without asking whether QEMU is still there."""
 BLOCK = 4 << 20
 """Bytes that are gathered page by page at a time."""
 
@@ -29,7 +29,7 @@ class RamMemory(Memory):
     """Physical memory of a guest. Raises TargetGoneError once its QEMU has ended."""
 
     def __init__(self, memory: Memory, presence: Presence, look: Callable[[], None] | None = None) -> None:
-        """`look` is called after each read; by default it asks whether the process is still there."""
+        """`look` is called after each read; by default it is `Presence.check`."""
         self.memory = memory
         self.presence = presence
         self._look = presence.check if look is None else look
@@ -65,7 +65,7 @@ class RamMemory(Memory):
             done = self.memory.readinto_nowait(address, buffer)
         except EngineError as error:
             raise self.presence.explained(error) from None
-        self._look()
+        (self._look if done else self.presence.check)()
         return done
 
     def read(self, address: int, size: int) -> bytes:
@@ -133,13 +133,13 @@ class RamMemory(Memory):
     def borrow(self, address: int, size: int) -> memoryview | None:
         """See `Memory.borrow`."""
         found = self.memory.borrow(address, size)
-        self._look()
+        self.presence.check()
         return found
 
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`."""
         found = self.memory.pieces()
-        self._look()
+        self.presence.check()
         return found
 
     def shortcut(self) -> Shortcut | None:
