@@ -35,6 +35,7 @@ from engine.oslayer import (
     SystemFiles,
 )
 from engine.oslayers.linux.cgroups import LinuxContainers
+from engine.oslayers.linux.concatenated import ram_by_content
 from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found
@@ -44,7 +45,7 @@ from engine.oslayers.linux.log import PrintkLog
 from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
-from engine.oslayers.linux.ram import by_resources, layouts
+from engine.oslayers.linux.ram import by_resources, layout_note, layouts
 from engine.oslayers.linux.resources import system_ram
 from engine.oslayers.linux.searching import Recognised, find_kernel
 from engine.oslayers.linux.shape import shapes_of
@@ -158,8 +159,12 @@ class LinuxLayer(OsLayer):
             live=self._base.live,
             writable=self._base.writable,
             skipped=dict(self.kernel.skipped),
-            notes=tuple(self.kernel.profile.notes),
+            notes=(*self._layout(found), *self.kernel.profile.notes),
         )
+
+    def _layout(self, found: Found) -> Iterator[str]:
+        if self._base.memory is not None and (note := layout_note(self._base.memory, found.physical)) is not None:
+            yield note
 
     def _recognised(self, found: Recognised) -> OsInfo:
         text = found.vmcoreinfo
@@ -297,6 +302,12 @@ def with_true_layout(image: Memory, profile: Profile) -> Found:
                 return _moved(found, right)
         except (FaultError, EngineError):
             continue
+    for ram in ram_by_content(image, found.memory, root, profile.word):
+        ranges = by_resources(image, ram)
+        if ranges is not None:
+            right = MappedMemory(image, ranges)
+            if system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
+                return _moved(found, right)
     profile.notes.append("the layout of RAM is a guess: iomem_resource cannot be read")
     return found
 

@@ -21,6 +21,7 @@ SPLITS = (0xC000_0000, 0xE000_0000, 0x8000_0000, 0xB000_0000)
 """How much RAM a PC may have below 4 GiB when it has more: QEMU's pc, its q35, others."""
 BASES = (0x4000_0000, 0x8000_0000, 0x6000_0000, 0x2000_0000, 0x1000_0000, 0x1_0000_0000)
 """Where the RAM of boards with ARM or RISC-V begins."""
+NOTED_RANGES = 6
 BASE_STEP = 16 << 20
 """RAM begins at a multiple of this, though the first page that holds data may lie higher."""
 
@@ -44,6 +45,16 @@ def place_in(layout: Memory, image: Memory, offset: int) -> int | None:
         if piece.real_base <= offset < piece.real_base + piece.length:
             return piece.base + offset - piece.real_base
     return None
+
+
+def layout_note(image: Memory, physical: Memory) -> str | None:
+    """A sentence on where an image's RAM lies; None where it lies as it is addressed."""
+    if physical is image or not isinstance(physical, MappedMemory):
+        return None
+    ranges = physical.memory_map.coalesced()
+    places = ", ".join(f"{one.base:#x}-{one.stop:#x}" for one in ranges[:NOTED_RANGES])
+    more = f" and {len(ranges) - NOTED_RANGES} more" if len(ranges) > NOTED_RANGES else ""
+    return f"the image holds RAM without what lies between and before its ranges, which are at {places}{more}"
 
 
 def split_layout(memory: Memory, split: int) -> Memory:

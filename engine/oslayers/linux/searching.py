@@ -14,6 +14,7 @@ from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayers.linux.architectures import LINKED_AT, family
 from engine.oslayers.linux.claims import leads
+from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.unaided import unaided
 
@@ -76,7 +77,11 @@ def find_kernel(
 
 
 def _kernels(memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None) -> Iterator[Found]:
-    return chain(described(memory, texts, keep=keep, dtb=dtb), unaided(memory, keep=keep, dtb=dtb))
+    return chain(
+        described(memory, texts, keep=keep, dtb=dtb),
+        concatenated(memory, keep=keep, dtb=dtb),
+        unaided(memory, keep=keep, dtb=dtb),
+    )
 
 
 def slides(found: Found) -> list[int]:
