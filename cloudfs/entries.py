@@ -1,7 +1,7 @@
 """Entries: what stands in a directory of a given type. A file in a directory is one function.
 
-    @process_entry("limits")
-    def limits(process: ProcessContext) -> Node | None:
+    @process_entry("quota")
+    def quota(process: ProcessContext) -> Node | None:
         source = process.capability(ProcFiles)
         return None if source is None else TextFile(…)
 

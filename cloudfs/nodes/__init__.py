@@ -6,6 +6,7 @@ or, in a package of your own, in an entry point of the group `cloudfs.nodes`.
 """
 
 ENTRY_MODULES = (
-    "connectors", "oslayers", "kernel_files", "net", "process", "phys_maps", "procfs", "contents", "threads", "modules",
+    "connectors", "oslayers", "kernel_files", "net", "proc_tree", "process", "phys_maps", "procfs", "contents",
+    "threads", "modules",
 )  # fmt: skip
 """Modules here that register entries, in the order in which listings show them."""

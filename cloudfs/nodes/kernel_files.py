@@ -1,4 +1,4 @@
-"""`os/NAME/log` and `symbols`: what a kernel tells of itself."""
+"""`os/NAME/log`, `symbols` and `config`: what a kernel tells of itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cloudfs.nodes.contexts import InstanceContext, os_entry
 from cloudfs.nodes.files.text import TextFile
 from cloudfs.render import escape_terminal, log_lines, symbol_line
 from engine.errors import UnsupportedError
-from engine.oslayer import KernelLog, Symbols
+from engine.oslayer import KernelConfig, KernelLog, Symbols
 
 
 def _log_of(system: InstanceContext) -> KernelLog:
@@ -50,6 +50,21 @@ def symbols(system: InstanceContext) -> Node | None:
         return "".join(map(symbol_line, source.symbols()))
 
     return TextFile(system, "symbols", text, sized=False, may_block=True)
+
+
+@os_entry("config")
+def config(system: InstanceContext) -> Node | None:
+    """The configuration that the kernel was built with, where it carries it."""
+    if system.check().layer.capability(KernelConfig) is None:
+        return None
+
+    def text() -> bytes:
+        source = system.check().layer.capability(KernelConfig)
+        if source is None:
+            raise UnsupportedError("this OS layer no longer shows a configuration")
+        return source.config()
+
+    return TextFile(system, "config", text)
 
 
 class GrowingLog(File):

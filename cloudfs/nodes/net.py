@@ -24,8 +24,8 @@ class NetDirectory(ContextDirectory[InstanceContext]):
 
     __slots__ = ()
 
-    def __init__(self, system: InstanceContext) -> None:
-        super().__init__(system, "net")
+    def __init__(self, system: InstanceContext, name: str = "net") -> None:
+        super().__init__(system, name)
 
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`."""

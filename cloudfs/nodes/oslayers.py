@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from cloudfs import render
 from cloudfs.node import Node, TextLink
 from cloudfs.nodes.contexts import InstanceContext, os_entry
-from cloudfs.nodes.directories import ContextLink, entries_of
+from cloudfs.nodes.directories import entries_of
 from cloudfs.nodes.files.memory import KERNEL_BASE, MemoryFile, Opened
 from cloudfs.nodes.files.text import info_file, json_file
 from cloudfs.nodes.instances import InstancesDirectory
 from cloudfs.nodes.modules import ModulesDirectory
 from cloudfs.nodes.processes import ProcessesDirectory
-from engine.errors import EngineError, UnsupportedError
+from engine.errors import UnsupportedError
 from engine.memory import Memory
 
 
@@ -112,13 +112,3 @@ def modules(system: InstanceContext) -> Node | None:
 def processes(system: InstanceContext) -> Node | None:
     """The processes by PID; by-name/ and by-pid-name/ lead to them."""
     return ProcessesDirectory(system)
-
-
-@os_entry("proc")
-def proc(system: InstanceContext) -> Node | None:
-    """A /proc for ps, top, lsof; of this host a link to its own."""
-    try:
-        native = system.check().layer.info.kind == "native"
-    except EngineError:
-        return None
-    return ContextLink(system, "proc", "/proc") if native else None

@@ -1,4 +1,4 @@
-"""`processes/`: the processes of an OS by PID, and links to them by name."""
+"""`processes/`: the processes of an OS by PID, and links to them by name and by container."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cloudfs.nodes.process import ProcessDirectory
 from cloudfs.nodes.procfs import decimal
 from cloudfs.render import file_name
 from engine.errors import EngineError, NotFoundError
+from engine.oslayer import Containers
 
 _LIKE_A_SUFFIX = re.compile(r"#[0-9]+$").search
 
@@ -30,6 +31,8 @@ class ProcessesDirectory(ContextDirectory[InstanceContext]):
         instance = self.context.check()
         yield "by-name", ByNameDirectory(self.context)
         yield "by-pid-name", ByPidNameDirectory(self.context)
+        if instance.layer.capability(Containers) is not None:
+            yield "by-container", ByContainerDirectory(self.context)
         for pid in instance.pids():
             try:
                 node = ProcessDirectory(ProcessContext.of(instance, pid))
@@ -44,6 +47,8 @@ class ProcessesDirectory(ContextDirectory[InstanceContext]):
             return ByNameDirectory(self.context)
         if name == "by-pid-name":
             return ByPidNameDirectory(self.context)
+        if name == "by-container" and instance.layer.capability(Containers) is not None:
+            return ByContainerDirectory(self.context)
         pid = decimal(name)
         if pid is None:
             return None
@@ -128,3 +133,61 @@ class ByPidNameDirectory(ContextDirectory[InstanceContext]):
         except NotFoundError:
             return None
         return ContextLink(self.context, name, f"../{pid}") if name == file_name(raw, f" ({pid})") else None
+
+
+def containers_of(context: InstanceContext) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """File name → (identifier, PIDs) of each container."""
+    instance = context.check()
+
+    def listed() -> dict[str, tuple[str, tuple[int, ...]]]:
+        source = instance.layer.capability(Containers)
+        found = {} if source is None else source.containers()
+        return {file_name(identifier): (identifier, pids) for identifier, pids in found.items()}
+
+    return KEPT.get(instance, ("containers", context.key), listed, lambda found: 300 * len(found))
+
+
+class ByContainerDirectory(ContextDirectory[InstanceContext]):
+    """A directory for each container."""
+
+    __slots__ = ()
+
+    def __init__(self, context: InstanceContext) -> None:
+        super().__init__(context, "by-container", may_block=context.reads_block)
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """See `Directory.children`."""
+        for name, (identifier, _) in containers_of(self.context).items():
+            yield name, ContainerDirectory(self.context, identifier, name)
+
+    def child(self, name: str) -> Node | None:
+        """See `Directory.child`."""
+        found = containers_of(self.context).get(name)
+        return None if found is None else ContainerDirectory(self.context, found[0], name)
+
+
+class ContainerDirectory(ContextDirectory[InstanceContext]):
+    """Links to the processes of one container, by PID."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, context: InstanceContext, identifier: str, name: str) -> None:
+        super().__init__(context, f"by-container/{identifier}", may_block=context.reads_block)
+        self._name = name
+
+    def _pids(self) -> tuple[int, ...]:
+        found = containers_of(self.context).get(self._name)
+        return () if found is None else found[1]
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        """See `Directory.children`."""
+        for pid in self._pids():
+            yield str(pid), self._link(pid)
+
+    def child(self, name: str) -> Node | None:
+        """See `Directory.child`."""
+        pid = decimal(name)
+        return self._link(pid) if pid is not None and pid in self._pids() else None
+
+    def _link(self, pid: int) -> Node:
+        return ContextLink(self.context, f"by-container/{self._name}/{pid}", f"../../{pid}")

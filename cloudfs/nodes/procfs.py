@@ -21,8 +21,12 @@ from engine.types import ThreadInfo
 
 READ_ADDRESS_SPACE = frozenset({"cmdline", "environ", "maps"})
 """Files for which the kernel looks into the process's memory or its list of mappings."""
-LIKE_PROC = frozenset("cmdline environ comm stat status exe cwd root fd task".split())
+LIKE_PROC = frozenset(
+    "cmdline environ comm stat status exe cwd root fd task cgroup limits io mounts mountinfo statm".split()
+)
 """Entries of a process that README need not explain."""
+DEAR = frozenset({"mounts", "mountinfo"})
+"""Files that a machine may have thousands of lines of: they are not rendered for stat(2), and say size 0."""
 MODES = {"environ": 0o400}
 """Permissions as in /proc; 0444 where nothing is said."""
 
@@ -53,7 +57,12 @@ def proc_file(context: ProcessContext | ThreadContext, name: str) -> Node | None
         return None
     blocks = process.reads_block if name in READ_ADDRESS_SPACE else None
     return TextFile(
-        context, name, lambda: files_of(context).read(name), mode=MODES.get(name, 0o444), may_block=blocks
+        context,
+        name,
+        lambda: files_of(context).read(name),
+        mode=MODES.get(name, 0o444),
+        sized=name not in DEAR,
+        may_block=blocks,
     )
 
 
@@ -97,6 +106,12 @@ for _name, _summary in {
     "comm": "Its name.",
     "stat": "Its state as numbers, in the format of /proc/PID/stat.",
     "status": "Its state for people, in the format of /proc/PID/status.",
+    "statm": "Its sizes in pages, in the format of /proc/PID/statm.",
+    "cgroup": "Its control groups, in the format of /proc/PID/cgroup.",
+    "limits": "Its limits, in the format of /proc/PID/limits.",
+    "io": "What it has read and written, in the format of /proc/PID/io.",
+    "mounts": "The mounts that it sees, in the format of /proc/PID/mounts.",
+    "mountinfo": "The mounts that it sees, in the format of /proc/PID/mountinfo.",
 }.items():
     _register(process_entry, _name, _summary)
 

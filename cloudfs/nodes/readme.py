@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
@@ -10,8 +11,9 @@ from cloudfs.nodes.procfs import LIKE_PROC
 from engine.errors import EngineError
 from engine.machine import Instance
 
-UNSIZED = ("mem", "new", "plugins", "exports", "imports")
+UNSIZED = ("mem", "new", "plugins", "exports", "imports", "mounts", "mountinfo")
 """Files that say size 0 and have bytes all the same."""
+WIDTH = 100
 _FIRST_LINE = "cloudfs: the memory of a machine as files"
 
 
@@ -44,7 +46,8 @@ KNOW = (
     "Know that:",
     "  Nothing is written unless cloudfs was started with --writable; a refused write is EROFS.",
     "  grep belongs on regions/: below the whole tree a byte appears again and again.",
-    f"  Of size 0, and not empty: {' '.join(UNSIZED)}. tar and rsync store nothing of them.",
+    f"  Of size 0, and not empty: {' '.join(UNSIZED)}.",
+    "  tar and rsync store nothing of them, nor of proc/, where links are the target's own: follow none.",
     "  In names %XX is a byte no name should hold; one that ends in ~ and a hash was cut (see info).",
     "  Keep indexers and backups out: .ignore and CACHEDIR.TAG tell those that ask.",
 )
@@ -59,7 +62,7 @@ def _listing(described: Mapping[str, str], like_proc: AbstractSet[str]) -> Itera
             yield f"  {names:<16} {summary}"
     if like_proc:
         names = " ".join(name for name in described if name in like_proc)
-        yield f"  {names}: as in /proc/PID"
+        yield from textwrap.wrap(f"{names}: as in /proc/PID", WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def examples(tree: TreeContext) -> Iterator[str]:

@@ -87,7 +87,7 @@ class Cgroups:
         links = settled_ring(objects, head, link, HIERARCHY_LIMIT, kind="cgroup list")[0]
         groups = dict.fromkeys([objects.pointer(one + self.link["cgrp"].offset) for one in links])
         groups.setdefault(unified)
-        controllers = self._controllers(address)
+        controllers = self._controllers(address) if len(groups) > 1 else {}
         found = []
         for group in groups:
             if group == unified and not self._visible:

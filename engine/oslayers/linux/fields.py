@@ -18,28 +18,37 @@ _PLACES = (
     ("hand", "sighand", "sighand_struct"), ("files", "files", "files_struct"), ("fs", "fs", "fs_struct"),
     ("delays", "delays", "task_delay_info"),
 )  # fmt: skip
+STRUCTURE_LIMIT = 1 << 16
+"""Bytes of a structure that are read at once; a task_struct has 4 to 10 KB."""
 LEVELS = 32
 """MAX_PID_NS_LEVEL of include/linux/pid_namespace.h."""
 
 
 class Fields:
-    """Numbers out of one task, its signal_struct, its mm and its credentials."""
+    """Numbers out of one task, its signal_struct, its mm and its credentials; each structure is read once, whole."""
 
     def __init__(self, objects: Objects, tasks: Tasks, task: int) -> None:
         self.objects = objects
         self.task = task
         layout = tasks.task
         self._places: dict[str, tuple[int, StructLayout]] = {"task": (task, layout)}
+        self._read: dict[str, bytes | None] = {}
         for name, member, kind in _PLACES:
-            struct, pointer = objects.types.struct(kind), layout.get(member)
-            if struct is None or pointer is None:
+            struct = objects.types.struct(kind)
+            if struct is None:
                 continue
-            try:
-                at = objects.pointer(task + pointer.offset)
-            except FaultError:
-                continue
+            at = self.number("task", member) or 0
             if objects.is_pointer(at):
                 self._places[name] = at, struct
+
+    def _bytes(self, place: str, at: int, size: int) -> bytes | None:
+        """The whole structure; None where not all of it can be read."""
+        if place not in self._read:
+            try:
+                self._read[place] = self.objects.memory.read(at, min(size, STRUCTURE_LIMIT))
+            except FaultError:
+                self._read[place] = None
+        return self._read[place]
 
     def address(self, place: str) -> int | None:
         """Where the task, its mm … lies; None where it has none."""
@@ -49,8 +58,11 @@ class Fields:
         """A number in the task (`task`), its signal_struct (`signal`) …, by the first of the paths that exists."""
         at, layout = self._places.get(place, (0, None))
         member: Field | None = layout.get(*paths) if layout is not None else None
-        if member is None:
+        if member is None or layout is None:
             return None
+        data = self._bytes(place, at, layout.size)
+        if data is not None and member.stop <= len(data):
+            return self.objects.number_in(data, member)
         try:
             return self.objects.value(at, member)
         except FaultError:
@@ -65,8 +77,11 @@ class Fields:
         """The bytes of a member, an array say; None where it is not there or cannot be read."""
         at, layout = self._places.get(place, (0, None))
         member = layout.get(path) if layout is not None else None
-        if member is None:
+        if member is None or layout is None:
             return None
+        whole = self._bytes(place, at, layout.size)
+        if whole is not None and member.stop <= len(whole):
+            return whole[member.offset : member.stop]
         try:
             return self.objects.memory.read(at + member.offset, member.size)
         except FaultError:

@@ -68,7 +68,13 @@ class Objects:
 
     def value(self, address: int, member: Field) -> int:
         """A number in a member of the structure at `address`; of a bit-field its bits. Raises FaultError."""
-        data = self.memory.read(address + member.offset, member.size)
+        return self._number(self.memory.read(address + member.offset, member.size), member)
+
+    def number_in(self, data: bytes, member: Field) -> int:
+        """A number in a member of a structure whose bytes were read."""
+        return self._number(data[member.offset : member.stop], member)
+
+    def _number(self, data: bytes, member: Field) -> int:
         number = int.from_bytes(data, "little" if self.types.order == "<" else "big", signed=False)
         if member.bit_size:
             return member.extract(number)

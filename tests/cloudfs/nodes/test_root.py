@@ -142,18 +142,18 @@ def installed(monkeypatch):
 
 def test_another_package_adds_a_file_to_every_process(installed, monkeypatch):
     def load():
-        @process_entry("limits")
-        def limits(process: ProcessContext) -> Node | None:
-            """Its limits."""
-            return TextFile(process, "limits", lambda: f"limits of {process.pid}\n")
+        @process_entry("quota")
+        def quota(process: ProcessContext) -> Node | None:
+            """Its quota."""
+            return TextFile(process, "quota", lambda: f"quota of {process.pid}\n")
 
-    installed.append(FakeEntryPoint("limits", load))
+    installed.append(FakeEntryPoint("quota", load))
     with fake_machine(monkeypatch) as (machine, layer):
         layer.table[9] = Life()
         root = build_root(machine)
-        assert text(root, "os/fake/processes/9/limits") == "limits of 9\n"
-        assert "limits" in names(root, "os/processes/9")
-        assert "Its limits." in text(root, "README")
+        assert text(root, "os/fake/processes/9/quota") == "quota of 9\n"
+        assert "quota" in names(root, "os/processes/9")
+        assert "Its quota." in text(root, "README")
 
 
 def test_a_broken_package_is_reported_and_harms_nobody(installed):
