@@ -144,7 +144,7 @@ def xarray(
             yield 0, top, 1
         return
     walk = _Xarray(objects, slots, shift, slot_count, first, last, limit)
-    yield from walk.node(top - XA_NODE, 0, 0)
+    yield from walk.node(top - XA_NODE, 0, 64)
 
 
 def _is_node(objects: Objects, entry: int) -> bool:
@@ -163,8 +163,8 @@ class _Xarray:
     last: int
     budget: int
 
-    def node(self, at: int, base: int, depth: int) -> Iterator[tuple[int, int, int]]:
-        """What the node at `at` holds, whose first slot has the index `base`."""
+    def node(self, at: int, base: int, above: int) -> Iterator[tuple[int, int, int]]:
+        """What the node at `at` holds, whose first slot has the index `base`; its shift is less than `above`."""
         objects = self.objects
         try:
             bits = objects.value(at, self.shift)
@@ -172,7 +172,7 @@ class _Xarray:
         except FaultError:
             objects.skipped["broken xarray"] += 1
             return
-        if not 0 <= bits <= 60 or depth > DEPTH_LIMIT:
+        if not 0 <= bits < above:  # of a child less than of its parent: no circle
             objects.skipped["broken xarray"] += 1
             return
         entries = np.frombuffer(data, objects.word_type).tolist()
@@ -188,7 +188,7 @@ class _Xarray:
                 return
             if bits and _is_node(objects, entry):
                 if index + (1 << bits) > self.first:
-                    yield from self.node(entry - XA_NODE, index, depth + 1)
+                    yield from self.node(entry - XA_NODE, index, bits)
             elif entry & 3 != XA_NODE:
                 siblings = 1  # of a large folio: entries that only name the slot of the first
                 while slot + siblings < len(entries) and entries[slot + siblings] == (slot << 2 | XA_NODE):
