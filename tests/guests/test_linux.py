@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import types
 
 import pytest
 from guests.catalogue import BTF
@@ -185,3 +186,15 @@ def test_open_files_equal_the_links_in_fd(typed, with_types):
         found = {str(one.descriptor): one.path for one in process.open_files()}
         expected = dict(line.split(" ", 1) for line in typed.truth.text(f"/proc/{pid}/fd").splitlines())
         assert found == expected, pid
+
+
+def test_processes_are_listed_once_while_a_lease_is_held_and_anew_afterwards(guest):
+    held = types.SimpleNamespace(held=True)
+    memory = FileMemory(str(guest("amd64-6.1-4level").image), immutable=True)
+    layer = LinuxLayer.open(Base(memory, live=True, lease=held), {})
+    first = layer._list()
+    assert layer._list() is first
+    assert next(layer.processes()).record is next(layer.processes()).record
+    held.held = False
+    assert layer._list() is not first
+    assert layer._list().keys() == first.keys()

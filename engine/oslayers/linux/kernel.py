@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import FaultError, NotFoundError
 from engine.layout import TypeSource
+from engine.oslayer import Base
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
@@ -23,12 +24,17 @@ class Kernel:
 
     found: Found
     profile: Profile
-    live: bool
+    base: Base
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out since it could not be read, by kind."""
     boot_time: Callable[[], int | None] = lambda: None
     """When it was started, nanoseconds since 1970 UTC by its own clock; None where that is not known."""
     _swap: list[SwapEntries | None] = field(default_factory=list)
+
+    @property
+    def live(self) -> bool:
+        """Whether what was read may not be true any more: of an image on disk from when somebody writes to it on."""
+        return not self.base.may_cache
 
     @property
     def types(self) -> TypeSource:
@@ -58,7 +64,7 @@ class Kernel:
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it."""
         memory = self.found.memory
-        view = memory.cached() if self.live else memory
+        view = memory if memory.keep else memory.cached()
         return Objects(view, self.types, self.found.candidate.kernel_start, self.skipped)
 
     def space_of(self, pgd: int) -> VirtualMemory:
@@ -70,7 +76,7 @@ class Kernel:
         root: Root = (self.found.candidate.user, dtb)
         hook = absent_hook(self.swap_entries)
         stop = self.found.candidate.kernel_start
-        return UserSpace(self.found.physical, [root], hook, keep=not self.live, stop=None if stop >> 32 else stop)
+        return UserSpace(self.found.physical, [root], hook, keep=not self.base.live, stop=None if stop >> 32 else stop)
 
     def dtb_of(self, pgd: int) -> int | None:
         """The DTB of an address space; None where it cannot be found."""

@@ -107,7 +107,7 @@ class LinuxLayer(OsLayer):
         profile.found = with_description(profile)
         if profile.types is None:
             profile.types = shapes_of(profile)
-        return cls(base, Kernel(profile.found, profile, base.live))
+        return cls(base, Kernel(profile.found, profile, base))
 
     @property
     def kernel(self) -> Kernel:
@@ -247,11 +247,11 @@ class LinuxLayer(OsLayer):
             yield LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
 
     def _list(self) -> Mapping[int, Listed]:
-        if self._listing is not None:
+        live = self.kernel.live
+        if self._listing is not None and not live:
             return self._listing
-        listing = list_processes(self.tasks, self.kernel.objects, self._numbers, live=self._base.live)
-        if not self._base.live:
-            self._listing = listing
+        listing = list_processes(self.tasks, self.kernel.objects, self._numbers, live=live)
+        self._listing = listing
         return listing
 
     def close(self) -> None:
