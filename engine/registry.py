@@ -27,6 +27,7 @@ _BUILT_IN: dict[Kind, dict[str, str]] = {
         "dummy": "engine.connectors.dummy:DummyConnector",
         "elfcore": "engine.connectors.elfcore:ElfCoreConnector",
         "gdb": "engine.connectors.gdb:GdbConnector",
+        "kcore": "engine.connectors.elfcore:KcoreConnector",
         "kdump": "engine.connectors.kdump:KdumpConnector",
         "lime": "engine.connectors.lime:LimeConnector",
         "qemu": "engine.connectors.qemu:QemuConnector",

@@ -1,8 +1,8 @@
-"""Connector `elfcore`: an ELF core file of a whole machine, whose segments say where in physical memory they lie.
+"""Connectors `elfcore` and `kcore`: an ELF core file of a whole machine, whose segments say where its bytes lie.
 
     elfcore:vmcore                    written by a kernel that crashed (/proc/vmcore, makedumpfile -E), by QEMU
                                       (dump-guest-memory), by virsh dump --memory-only, by VirtualBox (dumpvmcore)
-    elfcore:/proc/kcore               the segments of this machine's kernel that have a physical address
+    kcore                             this machine, by the segments of /proc/kcore that have a physical address
 
 What a segment has in memory but not in the file reads as zeros where the file carries VMCOREINFO: makedumpfile leaves
 pages out that way. In other files it is a hole. Where segments overlap (the kernel's image lies in RAM, too) the one
@@ -11,13 +11,23 @@ that begins first counts. A file that is cut opens as far as it goes. It is neve
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
-from engine.connector import Connector
-from engine.errors import BadDataError, FaultError, InvalidArgumentError, NotRecognisedError, UnusableTargetError
+from engine.connector import Connector, Target
+from engine.errors import (
+    AccessDeniedError,
+    BadDataError,
+    FaultError,
+    InvalidArgumentError,
+    NotFoundError,
+    NotRecognisedError,
+    UnsupportedError,
+    UnusableTargetError,
+)
 from engine.file_memory import FRESHNESS_HELP
 from engine.formats.crash_notes import hints_of, is_of_process
 from engine.formats.elf import ElfFile, Note, Segment, parse_notes
@@ -34,6 +44,7 @@ SEGMENT_LIMIT = 1 << 20
 NOTES_LIMIT = 64 << 20
 """Bytes of notes that are read: a few hundred for each CPU."""
 PAGE = 4096
+KCORE = "/proc/kcore"
 _ZEROS = 1 << 62
 """From here on the source of the memory is zeros; no file is so long."""
 _KINDS = {0: "no type", 1: "a relocatable object", 2: "an executable", 3: "a shared object or an executable"}
@@ -111,7 +122,7 @@ class ElfCoreConnector(Connector):
 
     kind = "elfcore"
     summary = "an ELF core of a machine: vmcore, QEMU, libvirt, VirtualBox, /proc/kcore"
-    options_help = dict(FRESHNESS_HELP)
+    options_help: ClassVar[dict[str, str]] = dict(FRESHNESS_HELP)
     opens_packed = True
 
     def __init__(self, image: ImageSource, held: MemoryMap, left_out: list[MapRange], hints: TargetHints) -> None:
@@ -196,6 +207,38 @@ class ElfCoreConnector(Connector):
     def close(self) -> None:
         """See `Connector.close`."""
         self._image.close()
+
+
+class KcoreConnector(ElfCoreConnector):
+    """The memory of the machine that this runs on, as its Linux kernel offers it; or of another such file."""
+
+    kind = "kcore"
+    summary = "physical memory of this machine, where its kernel offers /proc/kcore (root)"
+    options_help: ClassVar[dict[str, str]] = {}
+    opens_packed = False
+
+    @classmethod
+    def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
+        """Open /proc/kcore. Raises UnsupportedError where the kernel offers none, AccessDeniedError."""
+        if parent is not None:
+            raise InvalidArgumentError("kcore stands on this machine's kernel, not on an OS layer: leave -c out")
+        path = target or KCORE
+        try:
+            return super().open(path, {"live": "yes"}, parent=None, writable=False)
+        except (NotFoundError, FileNotFoundError):
+            raise UnsupportedError(
+                f"there is no {path}: this kernel was built without it (CONFIG_PROC_KCORE), or a container hides it"
+            ) from None
+        except PermissionError:
+            raise AccessDeniedError(
+                f"{path} may not be read: that takes root (CAP_SYS_RAWIO), and a kernel that is not locked down"
+            ) from None
+
+    @classmethod
+    def targets(cls, parent: OsLayer | None) -> Iterator[Target]:
+        """See `Connector.targets`."""
+        if os.access(KCORE, os.R_OK):
+            yield Target(KCORE, "the memory of this machine")
 
 
 def _segments(elf: ElfFile, warnings: list[str]) -> list[Segment]:

@@ -96,6 +96,18 @@ def elfcore_sample(connector: type[Connector], folder: str, writable: bool) -> t
     return opened, Truth([(0x10000, data[:8192] + bytes(4096)), (0x20000, data[8192:])], [Extent(0, 0x10000)])
 
 
+def kcore_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
+    """A file as /proc/kcore is: RAM, and segments of virtual memory that has no physical address; never writable."""
+    data = os.urandom(2 * 4096)
+    path = os.path.join(folder, "kcore")
+    notes = b"".join(note(b"CORE", kind, bytes(336)) for kind in (1, 3, 4)) + note(b"VMCOREINFO", 0, b"OSRELEASE=6.1\n")
+    loads = [Load((1 << 64) - 1, os.urandom(4096), virtual=0xFFFF_C900_0000_0000), Load(0x100000, data)]
+    with open(path, "wb") as file:
+        file.write(elf_core(loads, notes))
+    opened = connector.open(path, {}, parent=None, writable=writable)
+    return opened, Truth([(0x100000, data)], [Extent(0, 0x100000)])
+
+
 def kdump_sample(connector: type[Connector], folder: str, writable: bool) -> tuple[Connector, Truth]:
     """Pages 16 to 18, packed; page 19 was left out of the dump; never writable."""
     data = os.urandom(3 * 4096)
@@ -119,7 +131,7 @@ def gdb_sample(connector: type[Connector], folder: str, writable: bool) -> tuple
 CONNECTORS: dict[str, Sample] = {
     "raw": raw_sample, "lime": lime_sample, "vmware": vmware_sample,
     "dummy": dummy_sample, "qemu": qemu_sample, "elfcore": elfcore_sample,
-    "gdb": gdb_sample, "kdump": kdump_sample,
+    "gdb": gdb_sample, "kdump": kdump_sample, "kcore": kcore_sample,
 }  # fmt: skip
 
 

@@ -12,10 +12,17 @@ import pytest
 from hand_made_dumps import Load, elf_core, note
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import require
 
-from engine.connectors.elfcore import ElfCoreConnector
-from engine.errors import EngineError, FaultError, NotFoundError, NotRecognisedError, UnusableTargetError
+from engine.connectors.elfcore import ElfCoreConnector, KcoreConnector
+from engine.errors import (
+    AccessDeniedError,
+    EngineError,
+    FaultError,
+    NotFoundError,
+    NotRecognisedError,
+    UnsupportedError,
+    UnusableTargetError,
+)
 from engine.targets import image_link
 from engine.testing import Truth, check_memory
 from engine.types import Extent
@@ -156,14 +163,21 @@ def test_a_core_is_recognised_by_its_content(tmp_path):
     assert str(image_link(str(path))[1]).startswith("elfcore")
 
 
-def test_this_machines_own_kcore_opens():
-    try:
-        connector = ElfCoreConnector.open("/proc/kcore", {}, parent=None, writable=False)
-        connector.memory.read(0x1000, 8)
-    except (EngineError, OSError) as error:
-        require(False, f"/proc/kcore cannot be read here: {error}")
-        raise
-    assert b"OSRELEASE=" in (connector.hints().vmcoreinfo or b"OSRELEASE=")
+@pytest.mark.skipif(os.path.exists("/proc/kcore"), reason="this kernel has a /proc/kcore")
+def test_a_kernel_without_kcore_is_said_to_have_none():
+    with pytest.raises(UnsupportedError, match="CONFIG_PROC_KCORE"):
+        KcoreConnector.open("", {}, parent=None, writable=False)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/kcore"), reason="this kernel has no /proc/kcore")
+def test_this_machines_kcore_opens_for_root_alone():
+    if os.geteuid():
+        with pytest.raises(AccessDeniedError, match="root"):
+            KcoreConnector.open("", {}, parent=None, writable=False)
+    else:
+        connector = KcoreConnector.open("", {}, parent=None, writable=False)
+        assert connector.info.live
+        connector.close()
 
 
 GOOD = elf_core(TWO, INFO + note(b"CORE", 1, bytes(336)))
