@@ -175,6 +175,22 @@ def test_files_are_listed_with_their_paths_and_sizes(contained, process):
     assert [info.path for info in mapped] == ["/init"]
 
 
+def test_a_vdso_that_was_never_called_is_an_image_all_the_same(contained, layer):
+    """All programs of one width have the same, and the guest's maps tell where."""
+    seen = set()
+    for process in layer.processes():
+        pid = process.record.pid
+        if f"/proc/{pid}/maps" not in contained.truth:  # of init, who told of the others
+            continue
+        place = next((start for start, _, _, path in contained.truth.maps(pid) if path == "[vdso]"), None)
+        if place is not None:
+            (vdso,) = [module for module in process.modules() if module.info.name == "[vdso]"]
+            assert vdso.info.base == place
+            assert vdso.info.build_id
+            seen.add((process.info.architecture, vdso.info.build_id))
+    assert len(seen) == (2 if contained.guest.architecture in contents.NARROW else 1)
+
+
 # -- programs of 32 bits ---------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ class Mapping:
     """The kernel's address of the `struct file`; 0 where it maps none."""
     anonymous: bool
     """Memory of the process's own, which nobody else fills: untouched pages of it are zeros."""
+    private: int = 0
+    """Of one that the kernel itself made: what it keeps of it (`vm_private_data`)."""
 
     @property
     def has_file_pages(self) -> bool:
@@ -48,7 +50,7 @@ def mappings_of(kernel: Kernel, objects: Objects, mm: int) -> list[Mapping]:
     """
     vma = objects.struct("vm_area_struct")
     members = [vma["vm_start"], vma["vm_end"], vma.first("vm_flags", "__vm_flags"), vma["vm_pgoff"], vma["vm_file"]]
-    members.append(vma["vm_ops"])
+    members += [vma["vm_ops"], vma["vm_private_data"]]
     column = objects.addresses(vma_addresses(objects, mm))
     rows, good = [], np.ones(len(column), bool)
     for member in members:
@@ -56,13 +58,14 @@ def mappings_of(kernel: Kernel, objects: Objects, mm: int) -> list[Mapping]:
         rows.append(values.tolist())
         good &= readable
     bits, last, found = kernel.found.candidate.user.page_bits, 0, []
-    for fine, start, stop, flags, offset, file, operations in zip(good.tolist(), *rows, strict=True):
+    for fine, start, stop, flags, offset, file, operations, private in zip(good.tolist(), *rows, strict=True):
         if not fine or not last <= start < stop or (start | stop) & (1 << bits) - 1:
             objects.skipped["VMA"] += 1
             continue
         last = stop
         own = not file and not operations and not flags & (_NOT_PAGES | UFFD_MISSING)
-        found.append(Mapping(start, stop, flags, offset << bits, file if objects.is_pointer(file) else 0, own))
+        file = file if objects.is_pointer(file) else 0
+        found.append(Mapping(start, stop, flags, offset << bits, file, own, 0 if file or own else private))
     return found
 
 

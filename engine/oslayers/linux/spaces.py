@@ -22,6 +22,7 @@ from engine.memory import Addresses, Faults, Memory, Rows
 from engine.oslayers.linux.cached_files import CachedPages, pages_of
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import Mapping, mappings_of
+from engine.oslayers.linux.special import special_pages
 from engine.translate.bulk import translate
 from engine.translate.mmu import AbsentHook, Root
 from engine.translate.virtual import VirtualMemory
@@ -36,6 +37,7 @@ class Mappings:
 
     def __init__(self, kernel: Kernel, mm: int) -> None:
         self.kernel = kernel
+        self.mm = mm
         self.objects = kernel.objects()
         try:
             self.found = mappings_of(kernel, self.objects, mm)
@@ -60,6 +62,13 @@ class Mappings:
             except (FaultError, NotFoundError):
                 self._pages[mapping.file] = None
         return self._pages[mapping.file]
+
+    def source(self, mapping: Mapping) -> Memory | None:
+        """What its pages come from, by their place in the file: the page cache, or the kernel's own vDSO."""
+        if not mapping.private:
+            return self.pages(mapping)
+        size = mapping.stop - mapping.start + mapping.offset
+        return special_pages(self.kernel, self.objects, self.mm, mapping.private, size)
 
     @cached_property
     def own(self) -> tuple[Addresses, Addresses]:
@@ -147,12 +156,12 @@ class ProcessSpace(VirtualMemory):
             if mapping.anonymous:
                 part[:] = bytes(len(part))
             else:
-                pages = mappings.pages(mapping)
-                if pages is None:
+                source = mappings.source(mapping)
+                if source is None:
                     raise FaultError(at, detail="the page is mapped, but was not brought into memory")
                 offset = at - mapping.start + mapping.offset
                 try:
-                    pages.readinto(offset, part)
+                    source.readinto(offset, part)
                 except FaultError as error:
                     raise error.moved(at - offset) from None
             at = limit
@@ -246,11 +255,11 @@ class ProcessSpace(VirtualMemory):
         mappings = self.mappings()
         for mapping in mappings.found:
             low, high = max(mapping.start, start), min(mapping.stop, stop)
-            pages = mappings.pages(mapping) if low < high else None
-            if pages is None:
+            source = mappings.source(mapping) if low < high else None
+            if source is None:
                 continue
             moved = mapping.start - mapping.offset
-            for extent in pages.extents(low - moved, high - moved):
+            for extent in source.extents(low - moved, high - moved):
                 yield Extent(extent.start + moved, extent.size)
 
 
