@@ -146,3 +146,13 @@ def test_a_damaged_profile_is_made_anew(guest, folder, searches):
     assert searches == []
 
 
+
+
+def test_types_are_whole_where_ram_lies_otherwise_than_was_guessed_at_first(guest):
+    """More than 3 GiB without the hole: page tables that lead to parts of the kernel lie where the guess has others."""
+    recording = guest("amd64-6.1-5gib")
+    types = opened(recording.image, cache="no").kernel.profile.types
+    assert types is not None
+    types.check()
+    opened(recording.image)
+    assert layouts(opened(recording.image)) == layouts(opened(guest("amd64-6.1-4level").image))

@@ -102,8 +102,11 @@ class LinuxLayer(OsLayer):
         found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live, dtb=dtb, slide=slide)
         if isinstance(found, Recognised):
             return cls(base, found)
-        profile = read_profile(found, cache=truth("cache", options.get("cache", "yes")), given=given)
-        profile.found = with_true_layout(base.memory, profile)
+        cache = truth("cache", options.get("cache", "yes"))
+        profile = read_profile(found, cache=cache, given=given)
+        truly = with_true_layout(base.memory, profile)
+        if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
+            profile = read_profile(truly, cache=cache, given=given)
         profile.found = with_description(profile)
         if profile.types is None:
             profile.types = shapes_of(profile)
