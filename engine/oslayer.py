@@ -280,7 +280,7 @@ class Sockets(ABC):
 
     @abstractmethod
     def sockets(self) -> Iterator[SocketInfo]:
-        """Each socket once for each descriptor that leads to it, by PID and descriptor."""
+        """Each socket once for each descriptor that leads to it, by PID and descriptor; then those of the kernel."""
 
 
 class OpenFiles(ABC):

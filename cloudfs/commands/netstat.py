@@ -1,4 +1,4 @@
-"""Lists the sockets that the processes of a target have open."""
+"""Lists the sockets that the processes of a target have open, then those that its kernel has for itself."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ EXAMPLES = """\
   cloudfs ps --json | jq '.[] | select(.uid == 0) | .pid'
 """
 SHAPE = Shape(process="optional")
+HIDDEN_LIMIT = 20
+"""Processes of which standard error says that they are in one list alone."""
 COLUMNS = (
     Column("pid", "PID", right=True),
     Column("ppid", "PPID", right=True),
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output("ps", json=arguments.json, no_color=arguments.no_color)
     with opened(arguments, words) as target:
         infos = list(_infos(target)) if words.process is None else [process_info(target, words.process)]
+        _say_hidden(infos, output)
         if output.json:
             output.document([process_record(info) for info in infos])
         else:
@@ -66,6 +69,19 @@ def _infos(target: Opened) -> Iterator[ProcessInfo]:
             continue  # it ended while we looked
         finally:
             process.close()
+
+
+def _say_hidden(infos: list[ProcessInfo], output: Output) -> None:
+    """What is not in every list that the kernel has of its processes: a rootkit takes them out of one."""
+    most = max((len(info.extra.get("sources") or ()) for info in infos), default=0)
+    hidden = [info for info in infos if len(info.extra.get("sources") or ()) < most]
+    for info in hidden[:HIDDEN_LIMIT]:
+        output.say(
+            f"process {info.pid} ({info.name}) is in the kernel's {' and '.join(info.extra['sources'])} alone: "
+            "hidden from the rest, or beginning or ending just then"
+        )
+    if len(hidden) > HIDDEN_LIMIT:
+        output.say(f"so are {len(hidden) - HIDDEN_LIMIT} more: the key `sources` of --json tells of each")
 
 
 def _say_skipped(target: Opened, output: Output) -> int:

@@ -1,4 +1,4 @@
-"""Sockets in the formats of /proc/net (proc(5)): tcp, tcp6, udp, udp6, unix.
+"""Sockets in the formats of /proc/net (proc(5)): tcp, udp, udplite and raw, each with its 6; unix, netlink, packet.
 
 What is not known of a socket (queues, timers) is 0.
 """
@@ -15,9 +15,11 @@ STATES = (
     "LISTEN", "CLOSING", "NEW_SYN_RECV",
 )  # fmt: skip
 """By number from 1 on (Linux include/net/tcp_states.h)."""
-FILES = {"tcp": ("inet", "tcp"), "tcp6": ("inet6", "tcp"), "udp": ("inet", "udp"), "udp6": ("inet6", "udp"),
-         "unix": ("unix", None)}  # fmt: skip
-"""File → family and protocol of the sockets in it."""
+FILES: dict[str, tuple[str, str | None]] = {
+    **{f"{name}{six}": (f"inet{six}", name) for name in ("tcp", "udp", "udplite", "raw") for six in ("", "6")},
+    "unix": ("unix", None), "netlink": ("netlink", None), "packet": ("packet", None),
+}  # fmt: skip
+"""File → family, and protocol or kind, of the sockets in it."""
 _INET_HEAD = (
     "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"
 )
@@ -26,6 +28,12 @@ _INET6_HEAD = (
     "tr tm->when retrnsmt   uid  timeout inode"
 )
 _UNIX_HEAD = "Num       RefCount Protocol Flags    Type St Inode Path"
+_NETLINK_HEAD = (
+    "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode"
+)
+_PACKET_HEAD = "sk               RefCnt Type Proto  Iface R Rmem   User   Inode"
+_HEADS = {"inet": _INET_HEAD, "inet6": _INET6_HEAD, "unix": _UNIX_HEAD, "netlink": _NETLINK_HEAD,
+          "packet": _PACKET_HEAD}  # fmt: skip
 _KINDS = {"stream": 1, "dgram": 2, "raw": 3, "seqpacket": 5}
 _LISTENING = 1 << 16
 """__SO_ACCEPTCON (Linux include/uapi/linux/net.h)."""
@@ -37,12 +45,14 @@ def net_lines(name: str, sockets: Iterable[SocketInfo]) -> Iterator[str]:
     seen: set[int | None] = set()
     chosen = []
     for socket in sockets:
-        if socket.family == family and protocol in (None, socket.protocol) and socket.object not in seen:
+        wanted = protocol in (None, socket.kind if protocol == "raw" else socket.protocol)
+        if socket.family == family and wanted and socket.object not in seen:
             seen.add(socket.object)
             chosen.append(socket)
-    yield {"inet": _INET_HEAD, "inet6": _INET6_HEAD}.get(family, _UNIX_HEAD) + "\n"
+    yield _HEADS[family] + "\n"
+    lines = {"unix": _unix_line, "netlink": _netlink_line, "packet": _packet_line}
     for number, socket in enumerate(chosen):
-        yield _unix_line(socket) if family == "unix" else _inet_line(number, socket)
+        yield lines[family](socket) if family in lines else _inet_line(number, socket)
 
 
 def _inet_line(number: int, socket: SocketInfo) -> str:
@@ -71,4 +81,24 @@ def _unix_line(socket: SocketInfo) -> str:
     return (
         f"{socket.object or 0:016x}: 00000002 00000000 {_LISTENING if listening else 0:08X} "
         f"{_KINDS.get(socket.kind, 0):04X} {3 if connected else 1:02X} {socket.inode or 0:5d}{name}\n"
+    )
+
+
+def _netlink_line(socket: SocketInfo) -> str:
+    facts = socket.extra
+    numbers = (facts.get(name) or 0 for name in ("receive_queue", "send_queue", "dump", "references", "drops"))
+    received, sent, dump, references, drops = numbers
+    groups = int(facts.get("groups") or "0", 16)
+    return (
+        f"{socket.object or 0:016x} {socket.protocol:<3} {socket.local or 0:<10} {groups:08x} "
+        f"{received:<8} {sent:<8} {dump:<5} {references:<8} {drops:<8} {socket.inode or 0:<8}\n"
+    )
+
+
+def _packet_line(socket: SocketInfo) -> str:
+    """References, queue and whether it runs are not known."""
+    protocol, interface = int(socket.local or "0", 16), int(socket.extra.get("interface") or 0)
+    return (
+        f"{socket.object or 0:016x} {0:<6} {_KINDS.get(socket.kind, 0):<4} {protocol:04x}   {interface:<5} 0 {0:<6} "
+        f"{socket.uid or 0:<6} {socket.inode or 0:<6}\n"
     )

@@ -54,6 +54,11 @@ class Copy:
         at = self.place(address)
         self._bytes[at : at + WORD] = value.to_bytes(WORD, "little")
 
+    def set_bytes(self, address: int, data: bytes) -> None:
+        """Change some bytes of the kernel, within a page."""
+        at = self.place(address)
+        self._bytes[at : at + len(data)] = data
+
     def layer(self, change: Callable[[Copy], None], *, live: bool = False) -> LinuxLayer:
         """The layer over the copy once it was changed."""
         change(self)

@@ -10,6 +10,7 @@ from guests.catalogue import BTF
 from guests.recording import Recording
 
 from cloudfs.render import log_lines, maps_line
+from cloudfs.render.net import net_lines
 from engine.errors import EngineError
 from engine.file_memory import FileMemory
 from engine.oslayer import Base, KernelLog, OpenFiles, ProcFiles, Sockets, Symbols
@@ -176,6 +177,20 @@ def test_unix_sockets_equal_proc_net(typed, with_types):
     found = {(one.inode, one.local) for one in source.sockets() if one.family == "unix"}
     lines = [line.split(None, 7) for line in typed.truth.text("/proc/net/unix").splitlines()[1:]]
     assert {(int(row[6]), row[7].rstrip("\n") if len(row) > 7 else None) for row in lines} == found
+
+
+def test_netlink_sockets_equal_proc_net_to_the_byte(typed, with_types):
+    source = with_types.capability(Sockets)
+    assert source is not None
+    assert "".join(net_lines("netlink", source.sockets())) == typed.truth.text("/proc/net/netlink")
+
+
+def test_the_kernel_s_own_sockets_have_no_process(with_types):
+    source = with_types.capability(Sockets)
+    assert source is not None
+    own = [one for one in source.sockets() if one.pid is None]
+    assert own
+    assert {(one.family, one.descriptor) for one in own} == {("netlink", None)}
 
 
 def test_open_files_equal_the_links_in_fd(typed, with_types):

@@ -7,7 +7,7 @@ import re
 import pytest
 from guests.opened import Copy, opened
 
-from engine.oslayer import ProcFiles
+from engine.oslayer import Containers, ProcFiles
 from engine.oslayers.linux.listing import NUMBERS, RING
 
 MAY_MOVE = {3, 10, 11, 14, 15, 16, 17, 35, 39}
@@ -112,6 +112,30 @@ def test_the_cgroup_is_told_and_no_container_where_there_is_none(typed, layer):
         info = layer.process(pid).info
         assert f"0::{info.extra['cgroup']}\n" == typed.truth.text(f"/proc/{pid}/cgroup")
         assert info.extra["container"] is None
+
+
+def test_a_container_is_told_by_its_cgroup(typed, layer):
+    """The guest's cgroup `box`, renamed as Docker would name it."""
+    boxed = next(pid for pid in typed.truth.pids if typed.truth.text(f"/proc/{pid}/cgroup") == "0::/box\n")
+    identifier = "0123456789abcdef" * 4
+
+    def rename(copy: Copy) -> None:
+        kernel, task = copy.original.kernel, copy.original.process(boxed).info.object
+        types = kernel.types
+        group = copy.word(copy.word(task + types.require("task_struct")["cgroups"].offset)
+                          + types.require("css_set")["dfl_cgrp"].offset)  # fmt: skip
+        node = copy.word(group + types.require("cgroup")["kn"].offset)
+        names = kernel.profile.symbol("init_uts_ns") + types.require("uts_namespace")["name"].offset
+        room = names + types.require("new_utsname")["machine"].offset  # and domainname behind it
+        copy.set_bytes(room, f"docker-{identifier}.scope\0".encode())
+        copy.set_word(node + types.require("kernfs_node")["name"].offset, room)
+
+    changed = Copy(typed).layer(rename)
+    info = changed.process(boxed).info
+    assert info.extra["cgroup"] == f"/docker-{identifier}.scope"
+    assert info.extra["container"] == identifier
+    assert changed.capability(Containers).containers() == {identifier: (boxed,)}
+    assert layer.process(boxed).info.extra["cgroup"] == "/box"
 
 
 def test_namespaces_equal_the_links_in_ns(typed, layer):

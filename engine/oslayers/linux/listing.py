@@ -92,7 +92,8 @@ def list_processes(
     for record in records:
         one = Listed(record, sources[record.address])
         if not _is_process(record, one.sources, looks[-1].numbers) or (record.state == DEAD and live):
-            reader.skipped["pid entry"] += not live
+            if not live:
+                reader.skipped["pid entry"] += 1
             continue
         there = found.get(record.pid)
         if there is not None:

@@ -82,12 +82,13 @@ class LinuxProcFiles(ProcFiles):
             if data is None:
                 raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read")
             return data
-        if name.startswith("fdinfo/") and name[7:].isdigit():
-            return self._descriptor(int(name[7:]))
         made = self._made.get(name)
-        if made is None:
+        is_descriptor = name.startswith("fdinfo/") and name[7:].isdigit()
+        if made is None and not is_descriptor:
             raise NotFoundError(f"a process read from memory has no file {name}")
         try:
+            if made is None:
+                return self._descriptor(int(name[7:]))
             return made(self.kernel.objects())
         except FaultError:
             raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read") from None

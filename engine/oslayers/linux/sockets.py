@@ -15,6 +15,7 @@ from engine.layout import StructLayout
 from engine.oslayer import Sockets
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.netlink import netlink_table
 from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.paths import FILE_TYPE, SOCKET
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
@@ -23,6 +24,7 @@ from engine.types import SocketInfo
 UNIX, INET, INET6, NETLINK, PACKET = 1, 2, 10, 16, 17
 FAMILIES = {UNIX: "unix", INET: "inet", INET6: "inet6", NETLINK: "netlink", PACKET: "packet", 38: "alg", 40: "vsock"}
 """include/linux/socket.h."""
+SOCK_RAW = 3
 KINDS = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp", 10: "packet"}
 PROTOCOLS = {
     0: "ip", 1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp", 136: "udplite", 262: "mptcp", 255: "raw",
@@ -49,6 +51,7 @@ class LinuxSockets(Sockets):
         reader = SocketReader(self.kernel, self.tasks)
         for record in sorted(self.records, key=lambda one: one.pid):
             yield from reader.of(record)
+        yield from reader.of_kernel()
 
 
 class SocketReader:
@@ -65,7 +68,21 @@ class SocketReader:
         self.sock = objects.struct("sock")
         self.mode = self.descriptors.paths.mode
         self.number = self.descriptors.paths.number
+        self.netlink = netlink_table(kernel, objects)
         self._known: dict[int, dict[str, Any] | None] = {}
+
+    def of_kernel(self) -> Iterator[SocketInfo]:
+        """Netlink sockets to which no descriptor leads that `of` has met."""
+        if self.netlink is None:
+            return
+        met = {found["object"] for found in self._known.values() if found is not None}
+        try:
+            for sock in self.netlink.sockets():
+                if sock not in met:
+                    found = {"inode": self.netlink.inode(sock), "object": sock, **self._of_sock(sock, SOCK_RAW)}
+                    yield SocketInfo(pid=None, descriptor=None, **found)
+        except (FaultError, NotFoundError):
+            self.objects.skipped["netlink table"] += 1
 
     def of(self, record: TaskRecord) -> Iterator[SocketInfo]:
         """The sockets of one process, by descriptor."""
@@ -96,8 +113,12 @@ class SocketReader:
             "local": None, "remote": None, "inode": objects.value(inode, self.number), "uid": None,
             "object": sock or None, "extra": {},
         }  # fmt: skip
-        if not objects.is_pointer(sock):
-            return found
+        return found | self._of_sock(sock, kind) if objects.is_pointer(sock) else found
+
+    def _of_sock(self, sock: int, kind: int) -> dict[str, Any]:
+        """What a `struct sock` says. Raises FaultError, NotFoundError."""
+        objects = self.objects
+        found: dict[str, Any] = {"kind": KINDS.get(kind, str(kind)), "local": None, "remote": None, "extra": {}}
         family = objects.value(sock, self.sock["__sk_common.skc_family"])
         protocol = objects.value(sock, self.sock["sk_protocol"])
         state = objects.value(sock, self.sock["__sk_common.skc_state"])
@@ -146,7 +167,8 @@ class SocketReader:
     def _netlink(self, sock: int, family: int) -> dict[str, Any]:
         layout = self.objects.struct("netlink_sock")
         portid = self.objects.value(sock, layout["portid"])
-        return {"local": str(portid), "remote": str(self.objects.value(sock, layout["dst_portid"]))}
+        extra = {} if self.netlink is None else self.netlink.facts(sock)
+        return {"local": str(portid), "remote": str(self.objects.value(sock, layout["dst_portid"])), "extra": extra}
 
     def _packet(self, sock: int, family: int) -> dict[str, Any]:
         layout = self.objects.types.struct("packet_sock")

@@ -18,6 +18,10 @@ from commandline import cloudfs, in_process, sentence, unprivileged
 from support import require
 from targets import running_target
 
+from cloudfs.commands._output import Output
+from cloudfs.commands.ps import _say_hidden
+from engine.types import ProcessInfo
+
 PS_KEYS = """pid ppid name state uid gid threads start_time command_line executable architecture kernel_thread dtb
 object""".split()
 
@@ -293,3 +297,15 @@ def test_targets_is_an_array_of_what_can_be_opened():
 def test_options_may_stand_before_the_command_word():
     done = cloudfs("--json", "ps", str(os.getpid()))
     assert json.loads(done.stdout)[0]["pid"] == os.getpid()
+
+
+def test_a_process_that_one_list_alone_has_is_said_on_standard_error(capsys):
+    both, one = {"sources": ["task ring", "pid numbers"]}, {"sources": ["pid numbers"]}
+    infos = [ProcessInfo(1, "init", extra=both), *(ProcessInfo(pid, "evil\n", extra=one) for pid in range(2, 24))]
+    _say_hidden(infos, Output("ps", json=False, no_color=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert "process 2 (evil\\012) is in the kernel's pid numbers alone" in lines[0]
+    assert "so are 2 more" in lines[-1]
+    _say_hidden([ProcessInfo(1, "init"), ProcessInfo(2, "sh")], Output("ps", json=False, no_color=True))
+    assert not capsys.readouterr().err

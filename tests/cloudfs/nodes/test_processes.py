@@ -17,6 +17,7 @@ from cloudfs.nodes.contexts import UniqueNames, region_name
 from cloudfs.nodes.processes import links_by_name
 from cloudfs.nodes.root import build_root
 from engine.errors import AccessDeniedError, NotFoundError, ProcessExitedError
+from engine.oslayer import Containers
 from engine.types import Region, Rights, ThreadInfo
 
 
@@ -129,6 +130,27 @@ def test_links_by_name_and_by_pid_and_name_lead_to_the_process(fake):
     assert at(root, f"{PROCESSES}/by-pid-name/init (1)").target() == "../1"
     assert text(root, f"{PROCESSES}/by-name/init/info").startswith("pid:")
     assert text(root, "os/processes/by-pid-name/init (1)/info").startswith("pid:")
+
+
+class InBoxes(Containers):
+    """What a layer that knows containers tells; names out of hostile memory."""
+
+    def containers(self):
+        return {"web": (1,), "../etc": (300, 301)}
+
+
+def test_processes_of_a_container_stand_together(fake, monkeypatch):
+    root, _, layer = fake
+    layer.table |= {300: Life(), 301: Life()}
+    monkeypatch.setattr(type(layer), "capability", lambda self, kind: InBoxes() if kind is Containers else None)
+    assert names(root, PROCESSES)[:3] == ["by-name", "by-pid-name", "by-container"]
+    assert names(root, f"{PROCESSES}/by-container") == ["web", "..%2Fetc"]
+    assert names(root, f"{PROCESSES}/by-container/..%2Fetc") == ["300", "301"]
+    assert at(root, f"{PROCESSES}/by-container/web/1").target() == "../../1"
+    assert text(root, f"{PROCESSES}/by-container/web/1/info").startswith("pid:")
+    for wrong in ("by-container/none", "by-container/web/300", "by-container/web/01"):
+        with pytest.raises(FileNotFoundError):
+            at(root, f"{PROCESSES}/{wrong}")
 
 
 def test_of_several_with_one_name_each_has_its_pid(fake):
