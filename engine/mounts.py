@@ -13,6 +13,10 @@ import re
 import stat
 from collections.abc import Mapping
 
+_MFD_HUGETLB = 4
+"""include/uapi/linux/memfd.h; bits 26 and up are the binary logarithm of the size of a page."""
+_HUGE_BITS = (16, 21, 23, 25, 28, 29, 30, 34)
+
 
 class Backing(enum.Enum):
     """How reading a file of a filesystem behaves."""
@@ -64,6 +68,23 @@ def shared_memory_device() -> tuple[int, int]:
     return os.major(device), os.minor(device)
 
 
+@functools.cache
+def huge_memory_devices() -> frozenset[tuple[int, int]]:
+    """The devices of memfds of huge pages: mounts of the kernel's own, one for each size of page that it has."""
+    found = set()
+    for bits in _HUGE_BITS:
+        try:
+            descriptor = os.memfd_create("cloudfs-probe", _MFD_HUGETLB | bits << 26)
+        except (OSError, AttributeError):  # not this size; a kernel without them
+            continue
+        try:
+            device = os.fstat(descriptor).st_dev
+        finally:
+            os.close(descriptor)
+        found.add((os.major(device), os.minor(device)))
+    return frozenset(found)
+
+
 def filesystem_of(descriptor: int) -> str | None:
     """The filesystem type of the mount through which a file was opened; None where it is none that is seen here.
 
@@ -86,7 +107,7 @@ def backing_of_file(descriptor: int) -> Backing:
         return Backing.DISK
     device = status.st_dev
     key = (os.major(device), os.minor(device))
-    if key == shared_memory_device():
+    if key == shared_memory_device() or key in huge_memory_devices():
         return Backing.MEMORY
     found = filesystems().get(key)
     if found is not None:

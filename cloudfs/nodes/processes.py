@@ -29,11 +29,12 @@ class ProcessesDirectory(ContextDirectory[InstanceContext]):
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`; those that end meanwhile are left out."""
         instance = self.context.check()
+        pids = instance.pids()  # first: an error behind a name would be taken for the end of the list
         yield "by-name", ByNameDirectory(self.context)
         yield "by-pid-name", ByPidNameDirectory(self.context)
         if instance.layer.capability(Containers) is not None:
             yield "by-container", ByContainerDirectory(self.context)
-        for pid in instance.pids():
+        for pid in pids:
             try:
                 node = ProcessDirectory(ProcessContext.of(instance, pid))
             except EngineError:

@@ -106,6 +106,7 @@ def qemu(
     before: Sequence[str] = (),
     own_monitor: bool = True,
     keep: Sequence[int] = (),
+    prepare: Callable[[Path], None] = lambda folder: None,
 ) -> Iterator[Living]:
     """A QEMU; `monitor` says what stands on its command line: a `free` QMP, or `none`. It is killed in the end.
 
@@ -115,6 +116,7 @@ def qemu(
         raise MissingError(f"{binary} is missing")
     with tempfile.TemporaryDirectory(prefix="cloudfs-living-", dir="/dev/shm") as name:
         folder = Path(name)
+        prepare(folder)
         words = [
             *_ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
             "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config", "-display", "none",

@@ -21,7 +21,7 @@ from engine.errors import EngineError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
-from engine.mounts import Backing, filesystem_of
+from engine.mounts import Backing, filesystem_of, huge_memory_devices
 from engine.types import Region
 
 SELDOM = 0.001
@@ -160,6 +160,7 @@ def _device(number: int) -> tuple[int, int]:
 def _is_huge(path: str) -> bool:
     number = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return os.fstatvfs(number).f_bsize >= 1 << 20 or filesystem_of(number) == "hugetlbfs"
+        device = _device(os.fstat(number).st_dev)
+        return device in huge_memory_devices() or filesystem_of(number) == "hugetlbfs"
     finally:
         os.close(number)
