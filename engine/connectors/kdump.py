@@ -57,6 +57,8 @@ _PART_SIZE = 1 << 54
 """How far the parts of a split dump lie apart in their joined source; no file is so long."""
 _ARCHITECTURES = {"i486": "i386", "i586": "i386", "i686": "i386", "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
 """uname(2)'s name of the machine, where it is not that of its ELF files."""
+_UNKNOWN = ("", "Unknown")
+"""What the header says instead: QEMU writes the second for all machines but x86."""
 _BREAK, _FOLLOWS, _SAME = 0, 1, 2
 
 
@@ -429,7 +431,7 @@ def _bitmaps(file: Memory, header: KdumpHeader, notes: list[str]) -> tuple[PageB
 def _hints(dumps: Sequence[Memory], headers: Sequence[KdumpHeader], notes: list[str]) -> TargetHints:
     """What the notes of the first file that has any say, and the text beside them."""
     name = headers[0].machine
-    architecture = _ARCHITECTURES.get(name, name) or None
+    architecture = _ARCHITECTURES.get(name, name) if name not in _UNKNOWN else None
     found = TargetHints(architecture)
     for dump, header in zip(dumps, headers, strict=True):
         try:
@@ -442,7 +444,11 @@ def _hints(dumps: Sequence[Memory], headers: Sequence[KdumpHeader], notes: list[
             notes.append(f"the notes of the dump cannot be read: {error}")
             continue
         found = TargetHints(
-            architecture, found.dtb or told.dtb, None, found.registers or told.registers, found.vmcoreinfo or text
+            found.architecture or told.architecture,
+            found.dtb or told.dtb,
+            None,
+            found.registers or told.registers,
+            found.vmcoreinfo or text,
         )
     return found
 

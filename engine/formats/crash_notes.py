@@ -37,6 +37,8 @@ _STATUS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "arm": (72, 4, (*(f"r{n}" for n in _WORDS[:13]), "sp", "lr", "pc", "cpsr")),
     "riscv64": (112, 8, tuple(_RISCV.split())),
 }
+_SIZES = {336: "x86_64", 144: "i386", 392: "aarch64", 148: "arm", 376: "riscv64"}
+"""Bytes of elf_prstatus → whose it is, for dumps that do not say: QEMU's kdump headers do for x86 alone."""
 # QEMUCPUState: two words (version, size), 18 registers, 10 segments of 24 bytes, cr0 … cr4, kernel_gs_base
 _QEMU_VERSION = 1
 _QEMU_REGISTERS = tuple("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip eflags".split())
@@ -47,7 +49,10 @@ _CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 
 def hints_of(notes: Iterable[Note], architecture: str | None, order: str = "<") -> TargetHints:
-    """What the notes of a dump say; `order` is the byte order as struct writes it. Notes that are cut are left out."""
+    """What the notes of a dump say; `order` is the byte order as struct writes it. Notes that are cut are left out.
+
+    Where the architecture is not known the size of NT_PRSTATUS tells it.
+    """
     status: list[dict[str, int]] = []
     own: list[dict[str, int]] = []
     text: bytes | None = None
@@ -57,6 +62,7 @@ def hints_of(notes: Iterable[Note], architecture: str | None, order: str = "<") 
         elif note.owner == b"QEMU" and len(own) < CPU_LIMIT:
             own.append(_of_qemu(note.data))
         elif note.kind == NT_PRSTATUS and note.owner == b"CORE" and len(status) < CPU_LIMIT:
+            architecture = architecture or _SIZES.get(len(note.data))
             status.append(_of_status(note.data, architecture, order))
     registers = _merged(status, own)
     cr3 = next((each["cr3"] for each in registers if "cr3" in each), None)

@@ -29,6 +29,8 @@ MEMORY = 256
 """MiB of the guest's RAM."""
 FORMATS = {"elf": "elf", "kdump": "kdump-zlib"}
 _DIRECT_MAP = 0xFFFF_8880_0000_0000
+_RECIPE = "2"
+"""Changed where a dump would be another than one that was kept."""
 _ATTEMPTS = 2
 _LIMIT = 300
 """Seconds for makedumpfile on a busy machine; alone it takes one."""
@@ -42,8 +44,13 @@ class Dumps:
 
     @property
     def ram(self) -> Path:
-        """The guest's physical memory, from address 0 on."""
+        """The guest's physical memory; its first byte is at `base`."""
         return self.folder / "ram"
+
+    @property
+    def base(self) -> int:
+        """Where RAM begins."""
+        return int(self._facts["base"])
 
     @property
     def elf(self) -> Path:
@@ -71,7 +78,7 @@ class Dumps:
         return facts
 
     def vmcore(self) -> bytes:
-        """An ELF core as a kernel writes it when it crashes: RAM, its VMCOREINFO, the state of a CPU."""
+        """Of a PC: an ELF core as a kernel writes it when it crashes: RAM, its VMCOREINFO, the state of a CPU."""
         ram = self.ram.read_bytes()
         loads = [
             Load(start, ram[start:stop], virtual=_DIRECT_MAP + start)
@@ -119,7 +126,7 @@ def dumped(name: str) -> Dumps:
     """The dumps of a guest of the catalogue, with less RAM. Raises GuestError as `recorder.recorded` does."""
     guest = dataclasses.replace(GUESTS[name], memory=MEMORY)
     kernel = provide([guest.kernel])[guest.kernel]
-    parts = [kernel.package, kernel.version, program_digest(), *command_line(guest, Path("FOLDER")), *FORMATS.values()]
+    parts = [kernel.package, kernel.version, program_digest(), *command_line(guest, Path("FOLDER")), _RECIPE]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     place = cache_root() / "dumps" / f"{name}-{key}"
     with locked(f"dumps-{name}"):
@@ -154,7 +161,11 @@ def _write(running: RunningGuest, truth: Truth, folder: Path) -> None:
         _sparse(made, folder / name)
         made.unlink()
     sparse_copy(running.ram, folder / "ram")
-    facts = {"registers": running.monitor.human("info registers"), "vmcoreinfo": truth["vmcoreinfo"].decode()}
+    (start, _, offset), *others = running.extents
+    if others or offset:
+        raise GuestError(f"its RAM lies in pieces: {running.extents}")
+    facts = {"base": start, "registers": running.monitor.human("info registers")}
+    facts["vmcoreinfo"] = truth["vmcoreinfo"].decode()
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

@@ -30,16 +30,38 @@ PACKED = {
     "elf": ("-E", "-d", "1"),
 }
 """Nothing is left out of these but pages of zeros."""
+REGISTER = re.compile(r"\b(R[A-Z0-9]{1,2}|E[A-Z]{2}|CR[0-4]|X\d\d|PC|SP|pc|x[1-9]\d*/\w+) *=? *([0-9a-f]{8,16})\b")
+"""A register as the monitor prints it on x86, ARM and RISC-V."""
+FLAGS = ("RFL", "EFL")
 LESS = {"zlib": ("-c", "-d", "31"), "lzo": ("-l", "-d", "31"), "plain": ("-d", "31"), "user": ("-c", "-d", "8")}
+
+
+GUEST = "amd64-6.1-4level"
+OTHERS = ("i386-6.1", "arm64-6.1", "riscv64-6.12")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "by_qemu" in metafunc.fixturenames:
+        names = [GUEST, *(OTHERS if metafunc.config.getoption("--all-guests") else ())]
+        metafunc.parametrize("by_qemu", names, indirect=True, scope="module")
+
+
+def dumps_of(name: str) -> Dumps:
+    try:
+        return dumped(name)
+    except MissingError as error:
+        require(False, str(error))
+        raise
 
 
 @pytest.fixture(scope="module")
 def dumps() -> Dumps:
-    try:
-        return dumped("amd64-6.1-4level")
-    except MissingError as error:
-        require(False, str(error))
-        raise
+    return dumps_of(GUEST)
+
+
+@pytest.fixture(scope="module")
+def by_qemu(request: pytest.FixtureRequest) -> Dumps:
+    return dumps_of(request.param)
 
 
 @pytest.fixture
@@ -73,16 +95,16 @@ def opened():
         machine.close()
 
 
-def differing(memory: Memory, ram: Path) -> list[int]:
+def differing(memory: Memory, dumps: Dumps) -> list[int]:
     """Pages whose bytes are not those of RAM: one word of each, and every page of some of the memory."""
-    truth = np.fromfile(ram, np.uint8).reshape(-1, PAGE)
-    places = np.arange(len(truth), dtype=np.uint64) * np.uint64(PAGE)
+    truth = np.fromfile(dumps.ram, np.uint8).reshape(-1, PAGE)
+    places = np.arange(len(truth), dtype=np.uint64) * np.uint64(PAGE) + np.uint64(dumps.base)
     words, faults = memory.words(places + np.uint64(40))
     wrong = words != truth[:, 40:48].copy().view("<u8")[:, 0]
     wrong[faults.rows] = True
     buffer = np.zeros((512, PAGE), np.uint8)
     for first in range(0, len(truth), 4096):
-        memory.readinto_padded(first * PAGE, memoryview(buffer).cast("B"))
+        memory.readinto_padded(dumps.base + first * PAGE, memoryview(buffer).cast("B"))
         wrong[first : first + 512] |= (buffer != truth[first : first + 512]).any(axis=1)
     return [int(page) for page in np.flatnonzero(wrong)]
 
@@ -103,38 +125,44 @@ def log(layer: OsLayer) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def plainly(dumps):
+def plainly(dumps, opened):
     """What the layer says over the RAM itself: processes, modules, log."""
-    with open_target(f"raw:{dumps.ram}", need_os=True) as machine:
-        layer = machine.instances("oslayer")[0].layer
-        yield listing(layer), [module.info for module in layer.modules()], log(layer)
+    _, layer = opened(f"raw:{dumps.ram}")
+    return listing(layer), [module.info for module in layer.modules()], log(layer)
 
 
 @pytest.mark.parametrize("name", ["elf", "kdump"])
-def test_what_qemu_dumps_is_its_ram(dumps, opened, name):
-    connector, _ = opened(getattr(dumps, name))
-    assert differing(connector.memory, dumps.ram) == []
+def test_what_qemu_dumps_is_its_ram(by_qemu, opened, name):
+    connector, _ = opened(getattr(by_qemu, name))
+    assert differing(connector.memory, by_qemu) == []
 
 
 @pytest.mark.parametrize("name", ["elf", "kdump"])
-def test_what_qemu_dumps_lists_the_same_processes(dumps, opened, plainly, name):
-    _, layer = opened(getattr(dumps, name))
-    assert (listing(layer), log(layer)) == (plainly[0], plainly[2])
+def test_what_qemu_dumps_lists_the_same_processes(by_qemu, opened, name):
+    _, layer = opened(getattr(by_qemu, name))
+    _, of_ram = opened(f"raw:{by_qemu.ram}:base={by_qemu.base:#x}")
+    assert (listing(layer), log(layer)) == (listing(of_ram), log(of_ram))
 
 
 @pytest.mark.parametrize("name", ["elf", "kdump"])
-def test_registers_of_qemus_dumps_are_those_of_its_monitor(dumps, opened, name):
-    (registers,) = opened(getattr(dumps, name))[0].hints().registers
-    shown = dict(re.findall(r"\b(R[A-Z0-9]{1,2}|CR[0-4]) ?=([0-9a-f]{8,16})", dumps.registers))
-    assert len(shown) > 15
-    for word, value in shown.items():
-        assert registers["eflags" if word == "RFL" else word.lower()] == int(value, 16), word
+def test_registers_of_qemus_dumps_are_those_of_its_monitor(by_qemu, opened, name):
+    (registers,) = opened(getattr(by_qemu, name))[0].hints().registers
+    shown = {named(word): int(value, 16) for word, value in REGISTER.findall(by_qemu.registers)}
+    assert len(shown) >= 10
+    assert {word: registers.get(word) for word in shown} == shown
+
+
+def named(word: str) -> str:
+    """A register by the name that notes have for it: of X05 x5, of x10/a0 a0."""
+    if word in FLAGS:
+        return "eflags"
+    return re.sub(r"^x0+(?=\d)", "x", word.rpartition("/")[2].lower())
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_what_makedumpfile_makes_is_the_ram(dumps, made, opened, name):
     connector, _ = opened(made(*PACKED[name]))
-    assert in_holes(differing(connector.memory, dumps.ram))
+    assert in_holes(differing(connector.memory, dumps))
     assert connector.hints().vmcoreinfo == dumps.vmcoreinfo
 
 

@@ -4,7 +4,7 @@ A block of 4096 bytes (`makedumpfile`, type and version 1), then records: where 
 All numbers are 64-bit and big-endian; a record of -1 and -1 ends it. Later records win over earlier ones: headers are
 written anew when all is known.
 
-Source: makedumpfile.h and sadump/flat header handling of release 1.7; QEMU dump/dump.c writes the same.
+Source: makedumpfile.h of release 1.7; QEMU dump/dump.c (release 7.2) writes the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.memory_map import MapRange
 MAGIC = b"makedumpfile\0\0\0\0"
 HEADER_SIZE = 4096
 RECORD_LIMIT = 1 << 21
-"""Records that are kept in memory, some 150 bytes each; makedumpfile writes 4 MiB into most, QEMU 15 KiB."""
+"""Records that are kept in memory, some 250 bytes each; makedumpfile writes up to 64 KiB into one, QEMU 16 KiB."""
 _RECORD = struct.Struct(">qq")
 
 _Column = npt.NDArray[np.int64]

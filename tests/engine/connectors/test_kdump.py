@@ -173,6 +173,13 @@ def test_registers_of_the_notes_are_hints(made):
     assert (hints.architecture, hints.registers[0]["rip"]) == ("x86_64", 116)
 
 
+@pytest.mark.parametrize("machine", [b"", b"Unknown"])
+def test_a_header_that_does_not_name_the_machine_leaves_that_to_the_notes(made, machine):
+    status = bytes(112) + struct.pack("<34Q", *range(34)) + bytes(8)
+    hints = made(kdump(PAGES, Kdump(notes=note(b"CORE", 1, status), machine=machine))).hints()
+    assert (hints.architecture, hints.registers[0]["pc"]) == ("aarch64", 32)
+
+
 def test_a_flattened_dump_is_read_in_place(made):
     content = kdump(PAGES, Kdump(pack=deflated, text=TEXT), LEFT_OUT)
     pieces = [(at, content[at : at + 700]) for at in range(0, len(content), 700)]
