@@ -40,9 +40,12 @@ from engine.remote_file import RemoteFile, is_url
 
 Column = npt.NDArray[np.uint64]
 
-BLOCK_LIMIT = 32 << 20
-"""Bytes of a packed block that is unpacked in place: xz -T0 makes them of 24 MiB."""
-STORE_LIMIT = 64 << 20
+BLOCK_LIMIT = 16 << 20
+"""Bytes of a packed block, at the most: it is unpacked whole for each word that is read of it (Zstandard: 1 GB/s)."""
+XZ_BLOCK_LIMIT = 8 << 20
+"""The same for xz, which unpacks 100 MB/s. Blocks of 24 MiB, as xz -T0 makes them, took minutes to list processes."""
+STORE_LIMIT = 128 << 20
+"""Unpacked bytes that are kept, at the most."""
 PART_LIMIT = 4096
 NESTING_LIMIT = 3
 _DIGITS = dict(zip(string.ascii_lowercase, string.digits + string.ascii_lowercase, strict=False))
@@ -127,9 +130,12 @@ def parts_of(path: str) -> list[tuple[int, str]]:
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return [(0, path)]
-    decimal = match["number"].isdigit()
+    decimal, digits = match["number"].isdigit(), len(match["number"])
+    firsts = ["0" * digits, "1".rjust(digits, "0")] if decimal else ["a" * digits]
+    if not any(os.path.exists(os.path.join(folder, match["stem"] + first)) for first in firsts):
+        return [(0, path)]  # as of most files: the folder, which may be large, is not listed
     number = _number(match["number"], decimal)
-    beside = dict(_parts_beside(folder, match["stem"], len(match["number"]), decimal))
+    beside = dict(_parts_beside(folder, match["stem"], digits, decimal))
     first = next((one for one in ((0, 1) if decimal else (0,)) if one in beside), None)
     if first is None or max(beside) + 1 - first > 2 * len(beside):
         return [(0, path)]  # no first part, or too few for the numbers to be those of parts
@@ -238,9 +244,10 @@ def _from_zip(source: ImageSource) -> tuple[Memory, str]:
 def _from_xz(source: ImageSource) -> tuple[Memory, str]:
     found = xz_blocks(source.memory)
     largest = int(found.lengths.max()) if len(found.lengths) else 0
-    if largest > BLOCK_LIMIT:
+    if largest > XZ_BLOCK_LIMIT:
         raise NotRecognisedError(
-            f"it is one block of {largest >> 20} MiB (xz -T0 --block-size=1MiB makes blocks that can be read in place)"
+            f"it has blocks of {largest >> 20} MiB, and those up to {XZ_BLOCK_LIMIT >> 20} MiB can be read in place "
+            "(xz -T0 --block-size=1MiB makes such)"
         )
     return _blocks(source, found.starts, found.lengths, found.decode), f"an xz file of {len(found.starts)} blocks"
 

@@ -158,6 +158,7 @@ def test_memory_inside_is_opened_as_such_and_the_file_itself_can_be_seen(tmp_pat
 )
 def test_what_cannot_be_read_in_parts_names_the_command_that_unpacks_it(tmp_path, monkeypatch, command, unpack):
     monkeypatch.setattr(image_source, "BLOCK_LIMIT", 100_000)
+    monkeypatch.setattr(image_source, "XZ_BLOCK_LIMIT", 100_000)
     plain = tmp_path / "me mory"
     plain.write_bytes(DATA)
     path = tmp_path / "me mory.packed"
