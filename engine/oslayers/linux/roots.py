@@ -28,6 +28,8 @@ TABLE_LIMIT = 1 << 13
 LARGEST_PAGE = 25
 """Log2 of the largest page by which kernels map their images (32 MiB with granules of 16 KiB); the word 1 alone would
 be one of 1 GiB to some modes."""
+_SAMPLED = 4
+"""Entries at both ends of a page that are looked at first."""
 _BATCH = 1 << 10
 """Pages that are looked at whole at a time."""
 
@@ -157,6 +159,7 @@ def table_like(memory: Memory, spec: MmuSpec, pages: Addresses, region: Extent, 
     reader = TableReader(memory, spec.entry_size)
     first = (region.start >> int(level.shift)) & (level.count - 1)
     found = [pages[:0]]
+    pages = _begin_so(reader, level, pages, size)
     for start in range(0, len(pages), _BATCH):
         some = pages[start : start + _BATCH]
         matrix, bad = reader.rows(some, level.width)
@@ -167,8 +170,23 @@ def table_like(memory: Memory, spec: MmuSpec, pages: Addresses, region: Extent, 
         good = leads_on & (bases < np.uint64(size))
         shape = (len(some), level.count)
         wrong = ((entries != 0) & ~good).reshape(shape).any(axis=1)
-        found.append(some[~wrong & good.reshape(shape)[:, first:].any(axis=1)])
+        some = some[~wrong & good.reshape(shape)[:, first:].any(axis=1)]
+        if level.width < PAGE and len(some):  # a small table has its page for itself
+            rest, bad = reader.rows(some + np.uint64(level.width), PAGE - level.width)
+            some = some[~rest.any(axis=1)]
+        found.append(some)
     return np.concatenate(found)
+
+
+def _begin_so(reader: TableReader, level: LevelRows, pages: Addresses, size: int) -> Addresses:
+    """Those of the pages whose first and last entries could be a top table's: of most that hold else, one is not."""
+    for entry in sorted({*range(_SAMPLED), *range(level.count - _SAMPLED, level.count)} & {*range(level.count)}):
+        entries, bad = reader.words(pages + (np.uint64(entry) << level.entry_bits))
+        if bad is not None:
+            entries[bad] = 0
+        _, bases, _, leads_on = _told(level, entries)
+        pages = pages[(entries == 0) | (leads_on & (bases < np.uint64(size)))]
+    return pages
 
 
 def entry_counts(physical: Memory, spec: MmuSpec, root: int, kernel_start: int) -> tuple[int, int]:
