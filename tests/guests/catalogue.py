@@ -60,6 +60,8 @@ GUESTS = {
         Guest("amd64-6.1-pti", "amd64-6.1", "pc", "max,la57=off", "x86-64, 4 levels", options="pti=on", in_ci=True),
         Guest("amd64-6.1-5gib", "amd64-6.1", "pc", "max", "x86-64, 5 levels", memory=5120),
         Guest("amd64-6.12", "amd64-6.12", "q35", "max", "x86-64, 5 levels", in_ci=True),
+        Guest("amd64-6.12-rt", "amd64-6.12-rt", "pc", "max,la57=off", "x86-64, 4 levels"),
+        Guest("amd64-7", "amd64-7", "q35", "max", "x86-64, 5 levels"),
         Guest("amd64-5.10", "amd64-5.10", "pc", "max", "x86-64, 4 levels"),
         Guest("i386-6.1", "i386-6.1", "pc", "max", "x86, 2 levels", in_ci=True),
         Guest("i386-6.1-pae", "i386-6.1-pae", "pc", "max", "x86, PAE", in_ci=True),

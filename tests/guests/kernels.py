@@ -48,7 +48,7 @@ class Kernel:
     package: str
     """A regular expression; what is variable in it are the numbers by which the newest is told."""
     bare: bool = False
-    """Booted without a userland: only the kernel itself is fetched, from indexes that others do not need."""
+    """Booted without a userland: only the kernel itself is fetched."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ KERNELS = {
         Kernel("amd64-5.10", "amd64", "bullseye", r"linux-image-5\.10\.0-\d+-cloud-amd64"),
         Kernel("amd64-6.1", "amd64", "bookworm", r"linux-image-6\.1\.0-\d+-cloud-amd64"),
         Kernel("amd64-6.12", "amd64", "trixie", r"linux-image-6\.12\.\d+\+deb13-cloud-amd64"),
+        Kernel("amd64-6.12-rt", "amd64", "trixie", r"linux-image-6\.12\.\d+\+deb13-rt-amd64"),
+        Kernel("amd64-7", "amd64", "sid", r"linux-image-7\.\d+(\.\d+)?(\+deb\d+)?-cloud-amd64"),
         Kernel("i386-6.1", "i386", "bookworm", r"linux-image-6\.1\.0-\d+-686"),
         Kernel("i386-6.1-pae", "i386", "bookworm", r"linux-image-6\.1\.0-\d+-686-pae"),
         Kernel("arm64-6.1", "arm64", "bookworm", r"linux-image-6\.1\.0-\d+-cloud-arm64"),
@@ -119,7 +121,7 @@ def made_whole(place: Path) -> Iterator[Path]:
 
 
 def provide(names: Iterable[str]) -> dict[str, KernelFiles]:
-    """Kernels of KERNELS by name; those that are not in the cache are fetched in one call of apt-get.
+    """Kernels of KERNELS by name; those that are not in the cache are fetched, of each suite in one call of apt-get.
 
     Raises MissingError where there is no apt-get or no mirror, GuestError where a suite has no such package any more.
     """
@@ -135,8 +137,7 @@ def forget() -> None:
     """Forget which packages are the newest; the next `provide` looks again."""
     with locked("apt"):
         shutil.rmtree(cache_root() / "kernels", ignore_errors=True)
-        for name in ("apt", "apt-bare"):
-            shutil.rmtree(cache_root() / name, ignore_errors=True)
+        shutil.rmtree(cache_root() / "apt", ignore_errors=True)
 
 
 def _place(kernel: Kernel) -> Path:
@@ -151,37 +152,28 @@ def _files(kernel: Kernel) -> KernelFiles:
 
 
 def _fetch(kernels: list[Kernel]) -> None:
-    for bare in {kernel.bare for kernel in kernels}:
-        _fetch_with(_apt_for(bare), [kernel for kernel in kernels if kernel.bare == bare])
-
-
-def _apt_for(bare: bool) -> _Apt:
-    known = [kernel for kernel in KERNELS.values() if kernel.bare == bare]
-    return _Apt(cache_root() / ("apt-bare" if bare else "apt"), known)
-
-
-def fetch_package(name: str, files: KernelFiles, folder: Path) -> Path:
-    """The package of a kernel in the cache once more, into a folder, for what `provide` left in it; it may be gone."""
-    kernel = KERNELS[name]
-    with locked("apt"):
-        _apt_for(kernel.bare).download([f"{files.package}:{kernel.architecture}={files.version}"], folder)
-    return _deb(folder, files.package, kernel.architecture)
+    """One root for each suite of an architecture: an index that a mirror is just renewing hinders no other's guests."""
+    for suite, architecture in dict.fromkeys((kernel.suite, kernel.architecture) for kernel in kernels):
+        apt = _Apt(cache_root() / "apt" / f"{suite}-{architecture}", suite, architecture)
+        _fetch_with(apt, [one for one in kernels if (one.suite, one.architecture) == (suite, architecture)])
 
 
 def _fetch_with(apt: _Apt, kernels: list[Kernel]) -> None:
     found = {kernel: apt.newest(kernel) for kernel in kernels}
     downloads = apt.root / "downloads"
     busyboxes = {kernel: f"busybox-static:{kernel.architecture}" for kernel in kernels if not kernel.bare}
-    packages = {f"{package}:{kernel.architecture}={version}" for kernel, (package, version) in found.items()}
-    apt.download(packages | set(busyboxes.values()), downloads)
+    parts = {kernel: apt.parts(kernel, *newest) for kernel, newest in found.items()}
+    wanted = {f"{part}:{kernel.architecture}={found[kernel][1]}" for kernel in kernels for part in parts[kernel]}
+    apt.download(wanted | set(busyboxes.values()), downloads)
     for kernel, (package, version) in found.items():
         with made_whole(_place(kernel)) as folder:
-            _extract_kernel(_deb(downloads, package, kernel.architecture), folder)
+            for part in parts[kernel]:
+                _extract_kernel(_deb(downloads, part, kernel.architecture), folder)
             if kernel in busyboxes:
                 busybox = _deb(downloads, "busybox-static", kernel.architecture)
                 _extract(busybox, {r"(usr/)?bin/busybox": "busybox"}, folder)
             if not all((folder / name).exists() for name in ("image", "busybox")[: 1 if kernel.bare else 2]):
-                raise GuestError(f"the packages {package} and busybox-static hold no kernel in /boot or no program")
+                raise GuestError(f"the packages {' '.join(parts[kernel])} and busybox-static hold no kernel or program")
             told = {"package": package, "version": version, "suite": kernel.suite}
             (folder / "package.json").write_text(json.dumps(told))
     shutil.rmtree(downloads)
@@ -190,38 +182,27 @@ def _fetch_with(apt: _Apt, kernels: list[Kernel]) -> None:
 class _Apt:
     """apt with a root of its own."""
 
-    def __init__(self, root: Path, kernels: list[Kernel]) -> None:
-        """With the indexes in which these kernels are."""
+    def __init__(self, root: Path, suite: str, architecture: str) -> None:
         self.root = root
-        self.kernels = kernels
         for folder in ("etc/sources.d", "state/lists/partial", "cache/archives/partial"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         (root / "status").touch()
-        changed = self._write_configuration()
+        self._write_configuration(suite, architecture)
         stamp = root / "updated"
-        if changed or not stamp.exists() or time.time() - stamp.stat().st_mtime > _INDEX_AGE:
-            # Only an error of the command counts: one index of many that fails leaves the packages of the others.
+        if not stamp.exists() or time.time() - stamp.stat().st_mtime > _INDEX_AGE:
             self.run("apt-get", "update", "-qq")
             stamp.touch()
 
-    def _write_configuration(self) -> bool:
-        """Whether there are other sources than the last time."""
-        sources: dict[str, set[str]] = {}
-        for kernel in self.kernels:
-            sources.setdefault(kernel.suite, set()).add(kernel.architecture)
-        mirror, signed = _mirror(), f" signed-by={KEYRING}" if KEYRING.exists() else ""
-        lines = [f"deb [arch={','.join(sorted(sources[suite]))}{signed}] {mirror} {suite} main" for suite in sources]
-        text, file = "\n".join(lines) + "\n", self.root / "etc/sources.list"
-        changed = not file.exists() or file.read_text() != text
-        file.write_text(text)
-        architectures = "".join(f'"{name}";' for name in sorted({k.architecture for k in self.kernels}))
+    def _write_configuration(self, suite: str, architecture: str) -> None:
+        signed = f" signed-by={KEYRING}" if KEYRING.exists() else ""
+        line = f"deb [arch={architecture}{signed}] {_mirror()} {suite} main\n"
+        (self.root / "etc/sources.list").write_text(line)
         (self.root / "apt.conf").write_text(
             f'Dir::State "{self.root}/state";\nDir::State::status "{self.root}/status";\n'
             f'Dir::Cache "{self.root}/cache";\nDir::Etc::sourcelist "{self.root}/etc/sources.list";\n'
-            f'Dir::Etc::sourceparts "{self.root}/etc/sources.d";\nAPT::Architectures {{{architectures}}};\n'
+            f'Dir::Etc::sourceparts "{self.root}/etc/sources.d";\nAPT::Architectures {{"{architecture}";}};\n'
             'APT::Sandbox::User "root";\nAcquire::Languages "none";\n'
         )
-        return changed
 
     def run(self, *command: str, folder: Path | None = None) -> str:
         """What apt prints; GuestError with its own words when it fails."""
@@ -256,6 +237,12 @@ class _Apt:
             f"the suite {kernel.suite} has no package {kernel.package} for {kernel.architecture} any more;"
             f" write a newer series into {Path(__file__).name}"
         )
+
+    def parts(self, kernel: Kernel, package: str, version: str) -> list[str]:
+        """The packages of which a kernel consists: since 7.2 what is in one before is spread over several."""
+        told = self.run("apt-cache", "show", f"{package}:{kernel.architecture}={version}")
+        release = package.removeprefix("linux-image-")
+        return [package, *re.findall(rf"\b(linux-(?:binary|modules)-{re.escape(release)}) \(=", told)]
 
     def download(self, packages: Iterable[str], folder: Path) -> None:
         """Packages into a folder, each checked by apt; what is there already is not fetched again."""
@@ -295,6 +282,7 @@ def _deb(folder: Path, package: str, architecture: str) -> Path:
 
 def _extract_kernel(deb: Path, folder: Path) -> None:
     wanted = {r"boot/vmlinu[xz]-.*": "image", r"boot/config-.*": "config"}
+    wanted[r"(usr/)?lib/modules/[^/]+/vmlinu[xz]"] = "image"  # since 7.2 of Debian
     wanted |= {rf"(usr/)?lib/modules/.*/{name}\.ko(\.xz)?": f"{name}.ko" for name in MODULES}
     _extract(deb, wanted, folder)
     for module in folder.glob("*.ko"):

@@ -113,5 +113,5 @@ def _why_not(memory: Memory, texts: Iterable[Vmcoreinfo]) -> str:
     told = list(dict.fromkeys(f"VMCOREINFO of Linux {text.release or 'of an unknown release'}" for text in texts))
     told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in leads(memory)]
     if not told:
-        return "there is neither VMCOREINFO nor a kernel's banner in this memory"
-    return f"there is {'; '.join(dict.fromkeys(told))}, but no page tables that lead to that kernel"
+        return "this memory holds neither VMCOREINFO nor a kernel's banner"
+    return f"this memory holds {'; '.join(dict.fromkeys(told))}, but no page tables that lead to that kernel"
