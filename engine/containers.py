@@ -17,6 +17,7 @@ Sources: the programs' own documentation, and systemd's CGROUP_DELEGATION.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 _HEXADECIMAL = r"[0-9a-f]{64}"
 _PATTERNS = tuple(
@@ -54,3 +55,30 @@ def container_of(path: str) -> str | None:
         if inside is not None and inside.fullmatch(part):
             return part
     return None
+
+
+def container_among(paths: Iterable[str]) -> str | None:
+    """The container that the first of a process's cgroups tells of that tells of one."""
+    return next((found for path in paths if (found := container_of(path)) is not None), None)
+
+
+def main_path(paths: Sequence[str]) -> str | None:
+    """The one path that says most of a process: the first, unless that is the root and it stands deeper in another.
+
+    `paths` as `cgroup_paths` orders them; None where there are none.
+    """
+    if not paths:
+        return None
+    return paths[0] if paths[0] != "/" else max(paths, key=lambda path: (path != "/", path.count("/")))
+
+
+def cgroup_paths(text: str) -> list[str]:
+    """The paths of a /proc/PID/cgroup: the unified hierarchy's first, then those of hierarchies that have a name."""
+    rows = [line.removesuffix(" (deleted)").split(":", 2) for line in text.split("\n")]
+    rows = sorted((row for row in rows if len(row) == 3 and row[0].isdigit()), key=_rank)
+    return [row[2] for row in rows]
+
+
+def _rank(row: Sequence[str]) -> tuple[bool, bool, int]:
+    number = int(row[0])
+    return number != 0, not row[1].startswith("name="), number

@@ -87,7 +87,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.mounts", "engine.file_memory",
-        "engine.oslayers.native.*",
+        "engine.containers", "engine.oslayers.native.*",
     ),
     "engine.registry": ("engine.connector", "engine.oslayer"),
     "engine.chain": ("engine.errors",),

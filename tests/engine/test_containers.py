@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.containers import container_of
+from engine.containers import cgroup_paths, container_among, container_of, main_path
 
 ONE, TWO = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 
@@ -56,3 +56,29 @@ def test_a_container_that_goes_by_a_name_is_told(path, name):
 )  # fmt: skip
 def test_what_is_in_no_container_is_told_so(path):
     assert container_of(path) is None
+
+
+HYBRID = f"""12:cpu,cpuacct:/
+5:memory:/docker/{ONE}
+1:name=systemd:/system.slice/docker.service
+0::/
+"""
+
+
+def test_paths_of_a_process_come_unified_first_then_named():
+    assert cgroup_paths(HYBRID) == ["/", "/system.slice/docker.service", f"/docker/{ONE}", "/"]
+    assert cgroup_paths("0::/box (deleted)\n") == ["/box"]
+    assert cgroup_paths("") == cgroup_paths("damaged\nx:y:/z\n") == []
+
+
+def test_the_main_path_is_the_unified_one_unless_another_says_more():
+    assert main_path(cgroup_paths(HYBRID)) == "/system.slice/docker.service"
+    assert main_path(["/a", "/b/c"]) == "/a"
+    assert main_path(["/", "/"]) == "/"
+    assert main_path(["/", "/user"]) == "/user"
+    assert main_path([]) is None
+
+
+def test_any_of_the_paths_may_tell_the_container():
+    assert container_among(cgroup_paths(HYBRID)) == ONE
+    assert container_among(["/", "/box"]) is None

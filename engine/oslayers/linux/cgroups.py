@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from engine.containers import container_of
+from engine.containers import cgroup_paths, container_among
 from engine.errors import FaultError, NotFoundError
 from engine.oslayer import Containers
 from engine.oslayers.linux.kernel import Kernel
@@ -127,21 +127,9 @@ class Cgroups:
         return "".join("/" + name for name in reversed(names)) or "/"
 
 
-def main_path(memberships: tuple[Membership, ...]) -> str | None:
-    """The one path that says most of a process: of the unified hierarchy, unless it stands deeper in another one.
-
-    None where there is none.
-    """
-    if not memberships:
-        return None
-    ordered = sorted(memberships, key=lambda one: (one.hierarchy != 0, one.name == "", one.hierarchy))
-    first = ordered[0].path
-    return first if first != "/" else max((one.path for one in ordered), key=lambda path: len(path.split("/")[1:-1]))
-
-
-def container_in(memberships: tuple[Membership, ...]) -> str | None:
-    """The container that one of the paths tells of; None: none does."""
-    return next((found for one in memberships if (found := container_of(one.path)) is not None), None)
+def paths_of(memberships: tuple[Membership, ...]) -> list[str]:
+    """The paths: the unified hierarchy's first, then those of hierarchies that have a name."""
+    return cgroup_paths("".join(one.line() for one in memberships))
 
 
 def cgroups_of(objects: Objects, tasks: Tasks, task: int, flags: int | None) -> tuple[Membership, ...] | None:
@@ -170,7 +158,7 @@ class LinuxContainers(Containers):
             return {}
         for record in sorted(self._records(), key=lambda one: one.pid):
             try:
-                container = container_in(reader.of(record.address, record.flags))
+                container = container_among(paths_of(reader.of(record.address, record.flags)))
             except FaultError:
                 objects.skipped["cgroup"] += 1
                 continue

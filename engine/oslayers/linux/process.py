@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+from engine.containers import container_among, main_path
 from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.layout import Field
 from engine.memory import BytesMemory, Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
-from engine.oslayers.linux.cgroups import cgroups_of, container_in, main_path
+from engine.oslayers.linux.cgroups import cgroups_of, paths_of
 from engine.oslayers.linux.contents import Contents
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.images import process_images
@@ -105,8 +106,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         executable, deleted = self._executable(record)
         extra["executable_deleted"] = deleted
         groups = cgroups_of(self.kernel.objects(), self.tasks, record.address, record.flags)
-        extra["cgroup"] = None if groups is None else main_path(groups)
-        extra["container"] = None if groups is None else container_in(groups)
+        paths = [] if groups is None else paths_of(groups)
+        extra["cgroup"], extra["container"] = main_path(paths), container_among(paths)
         return ProcessInfo(
             record.pid,
             record.name,

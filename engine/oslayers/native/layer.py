@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import Self
 
+from engine.containers import cgroup_paths, container_among
 from engine.errors import AccessDeniedError, InvalidArgumentError, NotRecognisedError, ProcessExitedError
-from engine.oslayer import Base, Module, Options, OsLayer
+from engine.oslayer import Base, Containers, Module, Options, OsLayer
 from engine.oslayers.native.process import NativeProcess
 from engine.oslayers.native.procfs import ProcDirectory, read_start
 from engine.types import OsInfo
@@ -39,7 +40,7 @@ def read_boot_time() -> float | None:
     return float(found[1]) if found else None
 
 
-class NativeLayer(OsLayer):
+class NativeLayer(OsLayer, Containers):
     """The host itself: its processes and kernel modules. It shows neither physical nor kernel memory."""
 
     kind = "native"
@@ -108,6 +109,19 @@ class NativeLayer(OsLayer):
                     continue
                 yield process
         self._hidden = hidden
+
+    def containers(self) -> dict[str, tuple[int, ...]]:
+        """See `Containers.containers`."""
+        found: dict[str, tuple[int, ...]] = {}
+        for pid in self.pids():
+            try:
+                text = os.fsdecode(read_start(f"/proc/{pid}/cgroup"))
+            except OSError:
+                continue
+            container = container_among(cgroup_paths(text))
+            if container is not None:
+                found[container] = (*found.get(container, ()), pid)
+        return found
 
     def modules(self) -> Iterator[Module]:
         """See `OsLayer.modules`: /proc/modules."""

@@ -6,7 +6,9 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+from engine.containers import cgroup_paths, container_among, main_path
 from engine.elf_modules import NARROW
 from engine.errors import ProcessExitedError
 from engine.oslayer import C, HostOwned, Module, Process, ProcFiles
@@ -73,7 +75,7 @@ class NativeProcess(Process, HostOwned):
 
     @property
     def info(self) -> ProcessInfo:
-        """See `Process.info`. Five small files are read, and no other; about 50 us.
+        """See `Process.info`. Six small files are read, and no other; about 60 us.
 
         Of the arguments the first 256 KiB are told: a process may say that it has any number.
         """
@@ -81,21 +83,24 @@ class NativeProcess(Process, HostOwned):
         status = directory.read_unchecked("status")
         arguments = directory.read_unchecked("cmdline", ARGUMENTS_LIMIT)
         auxv = directory.read_unchecked("auxv")
+        groups = directory.read_unchecked("cgroup")
         try:
             executable: str | None = os.readlink(f"{directory.path}/exe")
         except OSError:
             executable = None
         # Last: what came before is this process's only if it is still there now.
         stat = directory.stat()
-        return self._record(stat, status or b"", arguments, auxv or b"", executable)
+        return self._record(stat, status or b"", arguments, auxv or b"", executable, groups)
 
     def _record(
-        self, stat: Stat, status: bytes, arguments: bytes | None, auxv: bytes, executable: str | None
+        self, stat: Stat, status: bytes, arguments: bytes | None, auxv: bytes, executable: str | None,
+        groups: bytes | None,
     ) -> ProcessInfo:
         uid, gid = parse_ids(status)
         kernel_thread = bool(stat.flags & PF_KTHREAD)
         command_line = parse_command_line(arguments) if arguments else None
-        extra = {}
+        paths = [] if groups is None else cgroup_paths(os.fsdecode(groups))
+        extra: dict[str, Any] = {"cgroup": main_path(paths), "container": container_among(paths)}
         if executable is not None:
             extra["executable_deleted"] = executable.endswith(_DELETED)
             executable = executable.removesuffix(_DELETED)

@@ -533,3 +533,12 @@ def vector(word: type, *pairs: int) -> bytes:
 )
 def test_the_auxiliary_vector_tells_the_size_of_a_program(data, bits):
     assert parse_program_bits(data) == bits
+
+
+def test_the_cgroup_is_told_as_proc_tells_it():
+    layer = NativeLayer.open(Base(), {})
+    told = Path("/proc/self/cgroup").read_text()
+    extra = layer.process(os.getpid()).info.extra
+    assert extra["cgroup"] in {line.split(":", 2)[2] for line in told.splitlines()} | {None}
+    pids = [pid for found in layer.containers().values() for pid in found]
+    assert (os.getpid() in pids) == (extra["container"] is not None)
