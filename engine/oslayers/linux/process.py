@@ -131,6 +131,10 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         """See `Capable.capability`."""
         if issubclass(OpenFiles, kind) and not self.kernel.knows("files_struct", "fdtable", "file"):
             return None
+        if issubclass(CachedFiles, kind) and not self.kernel.knows("file", "address_space", "xa_node", "page"):
+            return None
+        if issubclass(ThreadRegisters, kind) and not self.kernel.knows("pt_regs"):
+            return None
         if issubclass(ProcFiles, kind):
             files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
             return files if isinstance(files, kind) else None
@@ -139,7 +143,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _architecture(self, record: TaskRecord) -> str | None:
         """What its program is written for: the kernel's machine, or that machine's of 32 bits."""
         machine = self.kernel.found.machine
-        if not record.mm:
+        if not record.mm or machine not in NARROW:
             return machine
         try:
             objects = self.kernel.objects()
