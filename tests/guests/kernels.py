@@ -154,8 +154,23 @@ def _files(kernel: Kernel) -> KernelFiles:
 def _fetch(kernels: list[Kernel]) -> None:
     """One root for each suite of an architecture: an index that a mirror is just renewing hinders no other's guests."""
     for suite, architecture in dict.fromkeys((kernel.suite, kernel.architecture) for kernel in kernels):
-        apt = _Apt(cache_root() / "apt" / f"{suite}-{architecture}", suite, architecture)
-        _fetch_with(apt, [one for one in kernels if (one.suite, one.architecture) == (suite, architecture)])
+        some = [one for one in kernels if (one.suite, one.architecture) == (suite, architecture)]
+        _fetch_with(_apt_for(some[0]), some)
+
+
+def _apt_for(kernel: Kernel) -> _Apt:
+    place = cache_root() / "apt" / f"{kernel.suite}-{kernel.architecture}"
+    return _Apt(place, kernel.suite, kernel.architecture)
+
+
+def fetch_package(name: str, files: KernelFiles, folder: Path) -> Path:
+    """The package with a kernel's modules once more, into a folder, for what `provide` left in it; it may be gone."""
+    kernel = KERNELS[name]
+    with locked("apt"):
+        apt = _apt_for(kernel)
+        package = apt.parts(kernel, files.package, files.version)[-1]
+        apt.download([f"{package}:{kernel.architecture}={files.version}"], folder)
+    return _deb(folder, package, kernel.architecture)
 
 
 def _fetch_with(apt: _Apt, kernels: list[Kernel]) -> None:
@@ -242,7 +257,7 @@ class _Apt:
         """The packages of which a kernel consists: since 7.2 what is in one before is spread over several."""
         told = self.run("apt-cache", "show", f"{package}:{kernel.architecture}={version}")
         release = package.removeprefix("linux-image-")
-        return [package, *re.findall(rf"\b(linux-(?:binary|modules)-{re.escape(release)}) \(=", told)]
+        return [package, *sorted(re.findall(rf"\b(linux-(?:binary|modules)-{re.escape(release)}) \(=", told))]
 
     def download(self, packages: Iterable[str], folder: Path) -> None:
         """Packages into a folder, each checked by apt; what is there already is not fetched again."""
