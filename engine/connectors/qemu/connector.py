@@ -13,14 +13,15 @@ Firecracker, crosvm) can be opened by PID with base=, size= and map=; that is un
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Self
 
 from engine.connector import Connector, Target
+from engine.connectors.qemu.asking import ask
 from engine.connectors.qemu.finding import Guest, find, guests, stranger
 from engine.connectors.qemu.layout_sources import Placed, by_machine, by_monitor, by_options
 from engine.connectors.qemu.mapped import Mapped
-from engine.connectors.qemu.monitor import connect
 from engine.connectors.qemu.presence import Presence
 from engine.connectors.qemu.ram import runs
 from engine.connectors.qemu.sources import RamMemory
@@ -44,6 +45,10 @@ TRANSLATED = (
 )
 
 
+PATIENCE = 10.0
+"""Seconds for which a monitor that did not answer is not asked for registers again: every OS layer wants them."""
+
+
 class QemuConnector(Connector):
     """A guest's physical memory, in its QEMU."""
 
@@ -61,6 +66,7 @@ class QemuConnector(Connector):
         self._guest = guest
         self._mapped = mapped
         self._live = live
+        self._ask_again = 0.0
         memory, self._memory_map = mapped.physical(placed.ranges)
         self._memory = RamMemory(memory, presence, mapped.looker(presence))
         self._notes = placed.notes
@@ -89,9 +95,12 @@ class QemuConnector(Connector):
             mapped = Mapped(guest, found, writable=writable)
             failed.callback(mapped.close)
             placed = by_options(guest, base, size, memory_map)
-            reasons: list[str] = []
-            if placed is None and memory_map is None and size is None and guest.on_host and _wants_qmp(options):
-                placed, reasons = by_monitor(guest, found)
+            reason = ""
+            if placed is None and memory_map is None and size is None and live and _wants_qmp(options):
+                try:
+                    placed = by_monitor(guest, found)
+                except UnsupportedError as error:
+                    reason = str(error) if guest.line.monitors else ""
             if placed is None:
                 if size is not None:
                     guest = guest.resized(size)
@@ -101,7 +110,7 @@ class QemuConnector(Connector):
 
                 placed = by_machine(guest, found, memory_map, view)
             opened = cls(guest, placed, mapped, presence, live=live)
-            opened._notes += tuple(reasons)
+            opened._notes += (reason,) if reason else ()
             failed.pop_all()
         return opened
 
@@ -151,31 +160,28 @@ class QemuConnector(Connector):
     def hints(self) -> TargetHints:
         """See `Connector.hints`: registers too, where QEMU's monitor answers now."""
         architecture = self._guest.architecture
+        if time.monotonic() < self._ask_again:
+            return TargetHints(architecture=architecture)
         try:
             found = self._ask("info registers -a")
         except (EngineError, OSError):
+            self._ask_again = time.monotonic() + PATIENCE
             return TargetHints(architecture=architecture)
         return TargetHints(architecture=architecture, registers=tuple(registers(found)))
 
     def _ask(self, line: str) -> str:
-        """What the first monitor that answers prints. Raises UnsupportedError where there is none, or why not."""
-        error: Exception | None = None
-        for address in self._guest.line.monitors if self._guest.on_host and self._live else ():
-            try:
-                with connect(address, self._guest.pid) as monitor:
-                    return monitor.human(line)
-            except (EngineError, OSError) as reason:
-                error = reason
-        raise error or UnsupportedError(f"{self._guest} has no monitor that can be asked")
+        """What the first monitor that answers prints. Raises UnsupportedError that says why none does."""
+        if not self._live:
+            raise UnsupportedError(f"{self._guest} is part of a dump: nothing in it runs")
+        self._memory.presence.check()
+        return ask(self._guest, lambda human, _: human(line))
 
     def pause(self) -> None:
         """See `Connector.pause`: by QEMU's monitor."""
-        self._memory.presence.check()
         self._ask("stop")
 
     def resume(self) -> None:
         """See `Connector.resume`: by QEMU's monitor."""
-        self._memory.presence.check()
         self._ask("cont")
 
     def close(self) -> None:

@@ -7,26 +7,21 @@ where libvirt holds the monitor; the machine's type and size, confirmed by what 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.connectors.qemu.asking import Human, ask
 from engine.connectors.qemu.evidence import evidence
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.layouts import ram_layout
-from engine.connectors.qemu.monitor import MonitorError, connect
+from engine.connectors.qemu.monitor import MonitorError
 from engine.connectors.qemu.ram import Block, Run, assignments, expected, region_at
 from engine.errors import EngineError, NotFoundError, UnusableTargetError
 from engine.formats.qemu_monitor import View, host_address, memory_backends, ram_views
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap
 
-VIRSH_LIMIT = 5.0
-"""Seconds for one question to libvirt."""
 FIRST_MIB = 1 << 20
-OUTPUT_MOST = 16 << 20
-Human = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +32,9 @@ class Placed:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
-def by_monitor(guest: Guest, found: Sequence[Run]) -> tuple[Placed | None, list[str]]:
-    """What QEMU itself tells; None, and why, where it cannot be asked."""
-    reasons: list[str] = []
-    for address in guest.line.monitors:
-        if address.kind == "elsewhere":
-            continue
-        try:
-            with connect(address, guest.pid) as monitor:
-                return _asked(monitor.human, found, f"its monitor at {address}"), reasons
-        except (EngineError, OSError) as error:
-            reasons.append(str(error))
-    if guest.line.uuid and any(address.kind == "elsewhere" for address in guest.line.monitors):
-        command = shutil.which("virsh")
-        if command:
-            try:
-                return _asked(lambda line: _virsh(command, guest.line.uuid or "", line), found, "libvirt"), reasons
-            except EngineError as error:
-                reasons.append(str(error))
-        else:
-            reasons.append("its monitor is its manager's, and there is no virsh to ask it by")
-    return None, reasons
-
-
-def _virsh(command: str, uuid: str, line: str) -> str:
-    """What the monitor for people prints, by way of libvirt. Raises MonitorError."""
-    words = [command, "--connect", "qemu:///system", "qemu-monitor-command", "--domain", uuid, "--hmp", line]
-    try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=VIRSH_LIMIT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MonitorError(f"virsh did not answer: {error}") from None
-    if done.returncode:
-        said = done.stderr[:300].decode(errors="replace").strip()
-        raise MonitorError(f"virsh refused: {said or done.returncode}")
-    return done.stdout[:OUTPUT_MOST].decode(errors="replace").replace("\r\n", "\n")
+def by_monitor(guest: Guest, found: Sequence[Run]) -> Placed:
+    """What QEMU itself tells. Raises UnsupportedError with the reasons where it cannot be asked."""
+    return ask(guest, lambda human, source: _asked(human, found, source))
 
 
 def _asked(human: Human, found: Sequence[Run], source: str) -> Placed:

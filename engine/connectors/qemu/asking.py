@@ -1,0 +1,64 @@
+"""Asking a guest's QEMU by whatever way there is: its own monitors one after the other, then libvirt's virsh."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import TypeVar
+
+from engine.connectors.qemu.finding import Guest
+from engine.connectors.qemu.monitor import MonitorError, connect
+from engine.errors import EngineError, UnsupportedError
+
+VIRSH_LIMIT = 5.0
+"""Seconds for one question to libvirt."""
+OUTPUT_MOST = 16 << 20
+Human = Callable[[str], str]
+"""Gives what the monitor for people prints on a line."""
+T = TypeVar("T")
+
+
+def ask(guest: Guest, act: Callable[[Human, str], T]) -> T:
+    """What `act` makes of the first monitor that answers; it is told of whom it asks.
+
+    Raises UnsupportedError, the reasons joined, where none answers.
+    """
+    reasons: list[str] = []
+    if guest.on_host:
+        for address in guest.line.monitors:
+            if address.kind == "elsewhere":
+                continue
+            try:
+                with connect(address, guest.pid) as monitor:
+                    return act(monitor.human, f"its monitor at {address}")
+            except (EngineError, OSError) as error:
+                reasons.append(str(error))
+        if guest.line.uuid and any(address.kind == "elsewhere" for address in guest.line.monitors):
+            try:
+                return act(_virsh(guest.line.uuid), "libvirt")
+            except EngineError as error:
+                reasons.append(str(error))
+    raise UnsupportedError("; ".join(reasons) or f"{guest} has no monitor that can be asked")
+
+
+def _virsh(uuid: str) -> Human:
+    """The monitor for people by way of libvirt. Raises MonitorError."""
+    command = shutil.which("virsh")
+    if command is None:
+        raise MonitorError("its monitor is its manager's, and there is no virsh to ask it by")
+
+    def human(line: str) -> str:
+        words = [command, "--connect", "qemu:///system", "qemu-monitor-command", "--domain", uuid, "--hmp", line]
+        try:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, timeout=VIRSH_LIMIT, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise MonitorError(f"virsh did not answer: {error}") from None
+        if done.returncode:
+            said = done.stderr[:300].decode(errors="replace").strip()
+            raise MonitorError(f"virsh refused: {said or done.returncode}")
+        return done.stdout[:OUTPUT_MOST].decode(errors="replace").replace("\r\n", "\n")
+
+    return human
