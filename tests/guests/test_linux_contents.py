@@ -15,7 +15,7 @@ from engine.errors import FaultError
 from engine.file_memory import FileMemory
 from engine.oslayer import Base, ProcFiles
 from engine.oslayers.linux import LinuxLayer
-from engine.oslayers.linux.cached_files import CachedFile, pages_of
+from engine.oslayers.linux.cached_files import CachedFile, PageCache
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.page_frames import found_by_mapped_pages, page_frames
 
@@ -51,7 +51,7 @@ def cached(layer: LinuxLayer, pid: int, number: int) -> CachedFile:
     process = layer.process(pid)
     reader = Descriptors(layer.kernel, layer.tasks)
     file = dict(reader.files(process.record.address))[number]
-    return CachedFile(pages_of(layer.kernel, reader.objects, file))
+    return CachedFile(PageCache(layer.kernel, reader.objects).pages(file))
 
 
 def descriptor(truth, pid: int, path: str) -> int:

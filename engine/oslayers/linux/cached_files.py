@@ -76,7 +76,7 @@ class _Shape:
 class CachedPages(Memory):
     """The cached pages of one file, whole: the last one reaches beyond the file's end. Safe for concurrent readers."""
 
-    def __init__(self, kernel: Kernel, mapping: int, file_system: str = "") -> None:
+    def __init__(self, kernel: Kernel, mapping: int, file_system: str = "", shape: _Shape | None = None) -> None:
         """`mapping` is the address of a `struct address_space`, `file_system` the type of the one it is in.
 
         Raises NotFoundError where the kernel's types lack what this needs, FaultError where it cannot be read.
@@ -85,7 +85,7 @@ class CachedPages(Memory):
         self.kernel = kernel
         self.mapping = mapping
         self.in_memory = file_system in IN_MEMORY
-        self._shape = _Shape.of(objects)
+        self._shape = shape or _Shape.of(objects)
         self._frames: PageFrames = page_frames(kernel)
         self._page_bits = self._frames.page_bits
         self.page_size = 1 << self._page_bits
@@ -260,19 +260,31 @@ class CachedFile(Memory):
         return self.pages.extents(start, self.size if stop is None else min(stop, self.size))
 
 
-def pages_of(kernel: Kernel, objects: Objects, file: int) -> CachedPages:
-    """What is cached of the open file whose `struct file` lies at `file`.
+class PageCache:
+    """The page cache of a kernel, for one operation on several files."""
 
-    Raises NotFoundError where that has no contents (a pipe, a socket, a directory), FaultError where it cannot be read.
-    """
-    paths = Paths(objects)
-    if objects.value(paths.inode(file), paths.mode) & FILE_TYPE not in (REGULAR, BLOCK):
-        raise NotFoundError("only files and block devices have contents that are cached")
-    mapping = objects.pointer(file + objects.struct("file")["f_mapping"].offset)
-    if not objects.is_pointer(mapping):
-        raise NotFoundError("the file has no page cache")
-    # The inode of the pages: of a file seen through another file system (overlay), or of a device, not the file's own.
-    file_system = paths.file_system(objects.pointer(mapping + objects.struct("address_space")["host"].offset))
-    if file_system == "hugetlbfs":
-        raise NotFoundError("pages of hugetlbfs are read where they are mapped alone")
-    return CachedPages(kernel, mapping, file_system)
+    def __init__(self, kernel: Kernel, objects: Objects, paths: Paths | None = None) -> None:
+        """Raises NotFoundError where the kernel's types lack what this needs."""
+        self.kernel = kernel
+        self.objects = objects
+        self.paths = paths or Paths(objects)
+        self._mapping_of = objects.struct("file")["f_mapping"]
+        self._shape = _Shape.of(objects)
+
+    def pages(self, file: int) -> CachedPages:
+        """What is cached of the open file whose `struct file` lies at `file`.
+
+        Raises NotFoundError where that has no contents (a pipe, a socket, a directory), FaultError where it cannot
+        be read.
+        """
+        objects, paths = self.objects, self.paths
+        if objects.value(paths.inode(file), paths.mode) & FILE_TYPE not in (REGULAR, BLOCK):
+            raise NotFoundError("only files and block devices have contents that are cached")
+        mapping = objects.pointer(file + self._mapping_of.offset)
+        if not objects.is_pointer(mapping):
+            raise NotFoundError("the file has no page cache")
+        # The inode of the pages: of a file seen through another file system (overlay), or of a device, not its own.
+        file_system = paths.file_system(objects.pointer(mapping + self._shape.host.offset))
+        if file_system == "hugetlbfs":
+            raise NotFoundError("pages of hugetlbfs are read where they are mapped alone")
+        return CachedPages(self.kernel, mapping, file_system, self._shape)

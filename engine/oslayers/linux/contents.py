@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from engine.errors import FaultError, NotFoundError
 from engine.memory import Memory
-from engine.oslayers.linux.cached_files import CachedFile, pages_of
+from engine.oslayers.linux.cached_files import CachedFile, PageCache
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import mappings_of
@@ -24,6 +24,7 @@ class Contents:
         self._descriptors = Descriptors(kernel, tasks)
         self.objects = self._descriptors.objects
         self._mapping = self.objects.struct("file")["f_mapping"]
+        self._cache = PageCache(kernel, self.objects, self._descriptors.paths)
 
     def _files(self) -> Iterator[tuple[str, int]]:
         """(name, address of the `struct file`), each file that is only mapped once."""
@@ -47,7 +48,7 @@ class Contents:
         """What has contents: files and block devices."""
         for name, file in self._files():
             try:
-                size = pages_of(self.kernel, self.objects, file).file_size
+                size = self._cache.pages(file).file_size
                 path = self._descriptors.paths.of_file(file)
             except (FaultError, NotFoundError):
                 continue
@@ -58,7 +59,7 @@ class Contents:
         for found, file in self._files():
             if found == name:
                 try:
-                    return CachedFile(pages_of(self.kernel, self.objects, file))
+                    return CachedFile(self._cache.pages(file))
                 except FaultError:
                     break
         raise NotFoundError(f"process {self.record.pid} has no file {name} whose contents could be in memory")

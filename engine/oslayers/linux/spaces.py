@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.memory import Addresses, Faults, Memory, Rows
-from engine.oslayers.linux.cached_files import CachedPages, pages_of
+from engine.oslayers.linux.cached_files import CachedPages, PageCache
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import Mapping, mappings_of
 from engine.oslayers.linux.special import special_pages
@@ -58,7 +58,7 @@ class Mappings:
             return None
         if mapping.file not in self._pages:
             try:
-                self._pages[mapping.file] = pages_of(self.kernel, self.objects, mapping.file)
+                self._pages[mapping.file] = self._cache.pages(mapping.file)
             except (FaultError, NotFoundError):
                 self._pages[mapping.file] = None
         return self._pages[mapping.file]
@@ -69,6 +69,10 @@ class Mappings:
             return self.pages(mapping)
         size = mapping.stop - mapping.start + mapping.offset
         return special_pages(self.kernel, self.objects, self.mm, mapping.private, size)
+
+    @cached_property
+    def _cache(self) -> PageCache:
+        return PageCache(self.kernel, self.objects)
 
     @cached_property
     def own(self) -> tuple[Addresses, Addresses]:
