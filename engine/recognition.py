@@ -10,6 +10,7 @@ One row of `FORMATS` for each format. Another distribution takes part with an en
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,8 +98,26 @@ def announced_formats() -> Iterator[Format]:
             log.warning("the entry point %r of %s lies beyond byte %d: it is left out", entry.name, GROUP, HEAD_SIZE)
 
 
+DEFLATED_LIME = Format(
+    0, b"", "a LiME image packed by LiME itself (compress=1)",
+    advice="unpack it: zlib-flate -uncompress < {path} > memory.lime (in the package qpdf)", packing="zlib",
+)  # fmt: skip
+
+
+def _is_deflated_lime(head: bytes) -> bool:
+    """Whether a zlib stream (RFC 1950: method 8, the first two bytes a multiple of 31) holds a LiME header."""
+    if len(head) < 2 or head[0] & 0x8F != 8 or (head[0] << 8 | head[1]) % 31:
+        return False
+    try:
+        return zlib.decompressobj().decompress(head, 4) == b"EMiL"
+    except zlib.error:
+        return False
+
+
 def recognise(head: bytes) -> Format | None:
     """The format of a file by its first `HEAD_SIZE` bytes; None where it is none that is known."""
+    if _is_deflated_lime(head):
+        return DEFLATED_LIME
     own = [row for row in FORMATS if row.matches(head)]
     for row in own:
         if row.connector is not None:

@@ -100,11 +100,8 @@ def _walk(file: Memory, record: Record, budget: list[int]) -> tuple[int, int, st
     """(bytes of memory, where in the file they stop, why not all of the block is there)."""
     done, at = 0, record.offset
     try:
-        for start, size, offset, stored in pieces(file, record):
+        for start, size, offset, stored in pieces(file, record, budget):
             done, at = start + size, offset + stored
-            budget[0] -= 1
-            if budget[0] <= 0:
-                return done, at, "it has too many pieces to look for its end"
     except FaultError as error:
         return done, error.address, error.detail or "the file ends there"
     return done, at, None
@@ -121,21 +118,25 @@ def _plausible(size: int, stored: int) -> bool:
     return 0 < size <= stored * _DENSEST
 
 
-def pieces(file: Memory, record: Record) -> Iterator[tuple[int, int, int, int]]:
+def pieces(file: Memory, record: Record, budget: list[int] | None = None) -> Iterator[tuple[int, int, int, int]]:
     """(offset in the range, bytes of it, offset in the file, bytes there) of each piece of a range.
 
-    Raises BadDataError with the offset in the file from which on it makes no sense.
+    Raises BadDataError with the offset in the file from which on it makes no sense, or where more pieces come than
+    such a range, or the `budget` for several, may have.
     """
     at, stop, done = record.offset, record.offset + record.stored, 0
-    budget = record.size // _SMALLEST_PIECE + 256
+    left = min(record.size // _SMALLEST_PIECE + 256, _WALK_LIMIT)
+    budget = [_WALK_LIMIT] if budget is None else budget
     while done < record.size:
         try:
             head = file.read(at, min(13, stop - at)) if stop - at >= 4 else b""
         except FaultError:
             head = b""
-        budget -= 1
-        if len(head) < 4 or budget < 0:
-            raise BadDataError(at, detail="its pieces stop before it is whole" if head[4:] else "it is cut off")
+        left, budget[0] = left - 1, budget[0] - 1
+        if len(head) < 4:
+            raise BadDataError(at, detail="it is cut off")
+        if left < 0 or budget[0] < 0:
+            raise BadDataError(at, detail="it has too many pieces to look for its end")
         stored = 4 + int.from_bytes(head[1:4], "little")
         if stored > stop - at:
             raise BadDataError(at, detail="a piece leaves it")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import zlib
 
 import pytest
+from dump_samples import lime_image
 from support import require
 
 from engine import recognition
@@ -80,6 +82,19 @@ def test_what_no_connector_opens_says_what_to_do(tmp_path):
     with pytest.raises(NotRecognisedError) as caught:
         chain_of(str(path))
     assert f"gzip -dk '{path}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [9, 12, 15])
+def test_what_lime_itself_has_packed_is_recognised(tmp_path, bits):
+    path = tmp_path / "memory.z"
+    packer = zlib.compressobj(wbits=bits)
+    path.write_bytes(packer.compress(lime_image([(0x1000, bytes(100_000))])) + packer.flush())
+    with pytest.raises(NotRecognisedError, match=f"packed by LiME itself.*zlib-flate -uncompress < {path}"):
+        chain_of(str(path))
+
+
+def test_another_stream_of_zlib_is_memory(tmp_path):
+    assert recognise(zlib.compress(b"something else")) is None
 
 
 def test_what_no_connector_opens_can_be_seen_as_it_is(tmp_path):

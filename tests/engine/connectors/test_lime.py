@@ -217,6 +217,14 @@ def test_a_block_that_claims_more_than_snappy_can_pack_is_none(opened):
     assert connector.memory.size < 1 << 30
 
 
+def test_pieces_that_hold_nothing_end_the_search_for_a_block(opened):
+    """Skippable pieces of no bytes, a million of them: each record may have a few."""
+    header = lime_header(b"AVML", 2, 1 << 40, 4 << 20)
+    connector = opened(avml_image(AVML_RANGES) + header + b"\xfe\0\0\0" * (1 << 20))
+    assert connector.memory.read(0x800000, 5 * 999) == AVML_RANGES[2][1]
+    assert any("too many pieces" in note for note in connector.info.notes)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"EMiL\x02\0\0\0" + bytes(24), b"AVML\x01\0\0\0" + bytes(24), b"EMiL", bytes(64), lime_header(b"EMiL", 1, 9, -5)],
