@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Pfns = npt.NDArray[np.uint64]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Page frames whose bits are unpacked at once."""
 _ONES = np.array([(byte).bit_count() for byte in range(256)], np.uint8)
 _1, _63, _6 = np.uint64(1), np.uint64(63), np.uint64(6)
