@@ -45,7 +45,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.formats.elf": ("engine.formats.elf.*",),
     "engine.layout": ("engine.errors",),
     "engine.formats.avml": ("engine.block_memory", "engine.formats.lime"),
-    "engine.formats.kdump.*": ("engine.memory_map", "engine.decoders", "engine.formats.*"),
+    "engine.formats.kdump.*": ("engine.memory_map", "engine.decoders", "engine.accelerator", "engine.formats.*"),
     "engine.formats.*": ("engine.memory", "engine.layout", "engine.formats.*"),
     "engine.translate": (),
     "engine.translate.mmu": ("engine.memory",),

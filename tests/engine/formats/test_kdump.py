@@ -17,7 +17,7 @@ from support import require
 from engine.errors import BadDataError
 from engine.formats.kdump.bitmap import PageBitmap
 from engine.formats.kdump.flattened import is_flattened, pieces_of
-from engine.formats.kdump.lzo import decompress
+from engine.formats.kdump.lzo import compiled, decompress, in_c, in_python
 from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MemoryMap
 
@@ -105,6 +105,42 @@ def test_only_its_magic_makes_a_file_flattened():
 )
 def test_lzo_instructions_do_what_the_format_says(packed, expected):
     assert decompress(packed, len(expected)) == expected
+    assert in_python(packed, len(expected), len(expected) + 1) == expected
+
+
+def both(packed: bytes, size: int, most: int) -> tuple[object, object]:
+    """What C and what Python make of it: the bytes, or the sentence."""
+    function = compiled()
+    require(function, "there is no C compiler")
+    results: list[object] = []
+    for unpack in (lambda: in_c(function, packed, size, most), lambda: in_python(packed, size, most)):
+        try:
+            results.append(unpack())
+        except ValueError as error:
+            results.append(str(error))
+    return results[0], results[1]
+
+
+@given(st.binary(max_size=60), st.integers(1, 300), st.integers(1, 300))
+def test_c_and_python_agree_on_any_bytes(data, size, most):
+    one, two = both(data, size, min(size + 1, most))
+    assert one == two or "more than" in str(one) or "more than" in str(two)  # both refuse, not for the same reason
+
+
+_LITERALS = st.builds(lambda data: bytes([len(data) - 3]) + data, st.binary(min_size=4, max_size=18))
+_MATCHES = st.builds(lambda first, second: bytes([first, second]), st.integers(64, 255), st.integers(0, 1))
+_FAR = st.builds(lambda first, low: bytes([first, low, 0]), st.integers(33, 63), st.integers(0, 255))
+
+
+@given(st.lists(st.one_of(_LITERALS, _MATCHES, _FAR), max_size=25), st.integers(100, 3000))
+def test_c_and_python_agree_on_instructions(parts, size):
+    one, two = both(b"\x1dabcdefghijkl" + b"".join(parts) + b"\x11\0\0", size, size + 1)
+    assert one == two or (isinstance(one, str) and isinstance(two, str))
+
+
+def test_lzo_is_unpacked_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("engine.formats.kdump.lzo.compiled", lambda: None)
+    assert decompress(bytes([17 + 4]) + b"abcd" + b"\x11\0\0", 4) == b"abcd"
 
 
 def test_lzo_of_another_length_is_refused():
@@ -148,7 +184,9 @@ def test_what_liblzo2_packs_is_unpacked(lzo1x, function):
     pages += [generator.integers(0, high, 8192).astype(np.uint8).tobytes() for high in (2, 4, 20, 200)]
     pages += [np.cumsum(generator.integers(0, 3, 1024), dtype="<u4").tobytes()]
     for page in pages:
-        assert decompress(lzo1x(page, function), len(page)) == page
+        packed = lzo1x(page, function)
+        assert decompress(packed, len(page)) == page
+        assert in_python(packed, len(page), len(page) + 1) == page
 
 
 @given(st.lists(st.tuples(st.binary(max_size=20), st.integers(1, 400)), min_size=1, max_size=10))
