@@ -152,8 +152,8 @@ def test_the_secrets_stand_where_the_kernels_pagemap_says(recording: Recording) 
 def test_a_page_that_nobody_may_read_is_resident_and_not_mapped(recording: Recording) -> None:
     truth, answers = recording.truth, dict(recording.translations)
     for name in UNREADABLE & set(truth.secrets):
-        assert truth.read_back[name] == secret_text(name)
-        assert bytes_at(recording, truth.keeper, truth.secrets[name], SECRET_SIZE) == truth.read_back[name]
+        assert truth.read_back[name] in (b"", secret_text(name))  # /proc/PID/mem of 7.2 forces nothing
+        assert bytes_at(recording, truth.keeper, truth.secrets[name], SECRET_SIZE) == secret_text(name)
         assert answers[truth.secrets[name]] is None
 
 

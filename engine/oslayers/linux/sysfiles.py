@@ -19,7 +19,7 @@ from engine.oslayers.linux.processors import Processors
 from engine.oslayers.linux.procfiles import encoded
 from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import TICKS, Tasks
-from engine.oslayers.linux.walks import chain, ring
+from engine.oslayers.linux.walks import chain, hlist, ring
 
 FIXED = 11
 """FSHIFT: how many bits of a load average stand behind the point (include/linux/sched/loadavg.h)."""
@@ -117,9 +117,12 @@ class LinuxSystemFiles(SystemFiles):
     def _file_systems(self, objects: Objects) -> str:
         layout = objects.struct("file_system_type")
         name, flags = layout["name"], layout["fs_flags"]
-        lines = []
-        first = objects.pointer(self.kernel.profile.require("file_systems"))
-        for address in chain(objects, first, layout["next"], 1 << 12, kind="file system list"):
+        lines, head = [], self.kernel.profile.require("file_systems")
+        if "next" in layout:
+            found = chain(objects, objects.pointer(head), layout["next"], 1 << 12, kind="file system list")
+        else:  # 7.2
+            found = hlist(objects, head, layout["list"], 1 << 12, kind="file system list")
+        for address in found:
             text = objects.text(objects.pointer(address + name.offset), 64)
             device = objects.value(address, flags) & FS_REQUIRES_DEV
             lines.append(f"{'' if device else 'nodev'}\t{text}\n")
