@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from engine.errors import FaultError, InvalidArgumentError, NotFoundError
 from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
-from engine.types import ADDRESS_SPACE, Extent
+from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 RANGE_LIMIT = 1 << 20
 """More ranges than any machine has: a larger map is an error, not a slow one."""
@@ -284,6 +284,19 @@ class MappedMemory(Memory):
             return None
         entry = self._ranges[index]
         return self.source.borrow(entry.real_base + address - entry.base, size)
+
+    def shortcut(self) -> Shortcut | None:
+        """See `Memory.shortcut`: of the first range.
+
+        `base` is negative where that lies higher here than in the source: what is asked for below it is then no
+        offset of a file.
+        """
+        found = self.source.shortcut() if self._ranges else None
+        if found is None:
+            return None
+        first = self._ranges[0]
+        shift = first.real_base - first.base
+        return replace(found, base=found.base + shift, size=min(first.stop, max(0, found.size - shift)))
 
     def cached(self) -> Memory:
         """See `Memory.cached`: over one of the source, where that keeps anything."""

@@ -40,6 +40,7 @@ class Shortcut:
     until: float = float("inf")
     """Seconds of time.monotonic()."""
     base: int = 0
+    """Address 0 is this offset of the descriptor; where negative, addresses below its amount are none."""
     size: int = (1 << 63) - 1
     """No address from here on is read: the most that off_t can say where the descriptor knows its own end."""
     writable: bool = False

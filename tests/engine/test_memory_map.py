@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import FaultError, InvalidArgumentError
+from engine.file_memory import FileMemory
 from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.testing import Truth, check_memory, check_writes
@@ -121,3 +122,22 @@ def test_a_map_of_the_whole_address_space_is_one():
 def test_a_map_that_breaks_the_parser_is_an_error_too(text):
     with pytest.raises(InvalidArgumentError):
         MemoryMap.from_toml(text)
+
+
+def test_a_shortcut_leads_to_the_bytes_of_the_first_range(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(5 * 4096))
+    ranges = [MapRange(0x10000, 0x2000, 0x1000), MapRange(0x20000, 0x1000, 0)]
+    memory = MappedMemory(FileMemory(str(path)), MemoryMap(ranges))
+    way = memory.shortcut()
+    assert way is not None
+    assert way.size == 0x12000, "the second range is not where the first one leads"
+    for address in (0x10000, 0x10FFF, 0x11FF8):
+        assert os.pread(way.descriptor, 8, way.base + address) == memory.read(address, 8)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.pread(way.descriptor, 8, way.base + 0x8000)
+
+
+def test_a_map_without_ranges_has_no_shortcut(tmp_path):
+    (tmp_path / "image").write_bytes(b"x")
+    assert MappedMemory(FileMemory(str(tmp_path / "image")), MemoryMap([])).shortcut() is None

@@ -98,6 +98,17 @@ def test_all_sizes_at_all_places_are_the_bytes_of_the_file(raw: Mount, image: Pa
             assert os.pread(file, size, offset) == whole[offset : offset + size]
 
 
+def test_an_image_that_begins_above_0_is_read_from_there_and_is_zeros_below(image: Path, how: list[str]) -> None:
+    data = image.read_bytes()
+    with mounted(*how, f"raw:{image}:base=1M,live=yes") as mount, opened(mount, PHYS_MEM) as file:
+        base = 1 << 20
+        for offset in (0, 1, 4095, 100_000 % len(data), len(data) - 100):
+            assert os.pread(file, 100, base + offset) == data[offset : offset + 100]
+            assert os.pread(file, 200, base - 100) == bytes(100) + data[:100]
+            assert os.pread(file, 100, base - 4096) == bytes(100)
+            assert os.pread(file, 100, base + offset) == data[offset : offset + 100]
+
+
 def test_a_hole_of_a_sparse_file_stays_one(raw: Mount, image: Path) -> None:
     with open(image, "r+b") as file:
         file.truncate(1 << 20)
