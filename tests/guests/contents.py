@@ -48,8 +48,6 @@ NARROW = {"amd64": "i686-linux-gnu-gcc", "arm64": "arm-linux-gnueabihf-gcc"}
 """Architecture → the compiler of its 32-bit programs."""
 MODULES = ("crc32c_generic", "lzo-rle", "zram", "loop", "ext4")
 """What the guest needs and some kernels have as modules, with what those need."""
-ALL = ("amd64-5.10", "amd64-6.1-4level", "amd64-6.12", "arm64-6.1", "arm64-6.12-16k", "riscv64-6.12")
-IN_CI = ("amd64-6.12", "arm64-6.1")
 DISK_BYTES = (1 << 20) + 100
 _ATTEMPTS = 3
 _LIMIT = 240.0
