@@ -11,10 +11,10 @@ library cramjam: pip install 'cloudfs[dumps]'. It is never written to.
 from __future__ import annotations
 
 import glob
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice, pairwise
 from typing import Self
 
 import numpy as np
@@ -166,7 +166,7 @@ class KdumpMemory(Memory):
         relation[1:][(steps == 0) & (places[1:] > 0)] = _SAME
         turns = (relation[1:] == _BREAK) | ((relation[:-1] != _BREAK) & (relation[1:] != relation[:-1]))
         starts = [0, *(np.flatnonzero(turns) + 1).tolist(), len(pfns)]
-        for start, stop in itertools.pairwise(starts):
+        for start, stop in pairwise(starts):
             how = int(relation[start + 1]) if stop - start > 1 else _FOLLOWS if plain[start] else _BREAK
             yield start, stop - start, how, int(places[start])
 
@@ -405,7 +405,7 @@ def _parts(files: Sequence[FileMemory], headers: Sequence[KdumpHeader], notes: l
             raise BadDataError(header.page_size, detail=f"a part of the pages from {low} to {high}")
         parts.append(Part(header, low, high, number * _PART_SIZE))
     parts.sort(key=lambda part: part.first)
-    for one, two in itertools.pairwise(parts):
+    for one, two in pairwise(parts):
         if one.stop > two.first:
             raise InvalidArgumentError("two of the files hold the same part of a split dump")
     if headers[0].first_pfn is not None:
@@ -456,13 +456,7 @@ def _hints(dumps: Sequence[Memory], headers: Sequence[KdumpHeader], notes: list[
 def _map_of(memory: KdumpMemory) -> MemoryMap:
     """The machine's RAM, range by range; as one where there are too many, which no machine has."""
     size, stop = memory.page_size, memory.size // memory.page_size
-    found: list[MapRange] = []
-    for first, behind in memory.ram.runs(0, stop):
-        if found and found[-1].stop == first * size:
-            first, length = found[-1].base // size, found[-1].length
-            found[-1] = MapRange(first * size, length + (behind * size - found[-1].stop), first * size)
-        else:
-            found.append(MapRange(first * size, (behind - first) * size, first * size))
-        if len(found) > RANGE_LIMIT:
-            return MemoryMap.whole(memory.size)
-    return MemoryMap(found)
+    runs = list(islice(memory.ram.runs(0, stop), RANGE_LIMIT + 1))
+    if len(runs) > RANGE_LIMIT:
+        return MemoryMap.whole(memory.size)
+    return MemoryMap(MapRange(first * size, (behind - first) * size, first * size) for first, behind in runs)

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 Pfns = npt.NDArray[np.uint64]
 
-_CHUNK = 1 << 18
-"""Page frames whose bits are unpacked at once."""
+_CHUNK = 1 << 14
+"""Words that are looked at at once."""
 _ONES = np.array([(byte).bit_count() for byte in range(256)], np.uint8)
 _1, _63, _6 = np.uint64(1), np.uint64(63), np.uint64(6)
 
@@ -34,8 +34,8 @@ class PageBitmap:
             padded[size - 1] &= (1 << count % 8) - 1
         self._bytes = padded
         self._words: Pfns = padded.view("<u8").astype(np.uint64, copy=False)
-        pieces = range(0, len(self._words), _CHUNK >> 3)
-        ones = np.concatenate([_popcount(self._words[at : at + (_CHUNK >> 3)]) for at in pieces])
+        pieces = range(0, len(self._words), _CHUNK)
+        ones = np.concatenate([_popcount(self._words[at : at + _CHUNK]) for at in pieces])
         self._before: Pfns = np.cumsum(ones, dtype=np.uint64) - ones
         self.total = int(ones.sum())
 
@@ -72,14 +72,30 @@ class PageBitmap:
         return int(used[-1]) * 64 + int(self._words[used[-1]]).bit_length() if len(used) else 0
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Runs (first, behind the last) of what is set in [start, stop), as far as they lie in one chunk."""
+        """Runs (first, behind the last) of what is set in [start, stop), ascending."""
         stop = min(stop, self.count)
-        for low in range(max(0, start) // 8 * 8, stop, _CHUNK):
-            piece = self._bytes[low >> 3 : (min(low + _CHUNK, stop) + 7) >> 3]
-            if not piece.any():
+        begun: int | None = None
+        for edge in self._edges(max(0, start) >> 6, (stop + 63) >> 6):
+            if begun is None:
+                begun = edge
                 continue
-            bits = np.unpackbits(piece, bitorder="little")
-            edges = np.flatnonzero(np.diff(bits, prepend=0, append=0)) + low
-            for first, behind in edges.reshape(-1, 2).tolist():
-                if max(first, start) < min(behind, stop):
-                    yield max(first, start), min(behind, stop)
+            if max(begun, start) < min(edge, stop):
+                yield max(begun, start), min(edge, stop)
+            begun = None
+        if begun is not None and max(begun, start) < stop:
+            yield max(begun, start), stop
+
+    def _edges(self, low: int, high: int) -> Iterator[int]:
+        """Where bits differ from those before them, in the words from `low` to `high`; before these nothing is set."""
+        last = np.uint64(0)
+        for at in range(low, high, _CHUNK):
+            words = self._words[at : min(at + _CHUNK, high)]
+            before = words << _1
+            before[1:] |= words[:-1] >> _63
+            before[0] |= last
+            last = words[-1] >> _63
+            edges = words ^ before
+            used = np.flatnonzero(edges)
+            bits = np.unpackbits(edges[used].astype("<u8").view(np.uint8), bitorder="little").reshape(-1, 64)
+            rows, places = np.nonzero(bits)
+            yield from ((used[rows] + at) * 64 + places).tolist()
