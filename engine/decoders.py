@@ -16,7 +16,7 @@ from engine.errors import PluginError
 
 Unpack = Callable[[bytes | memoryview, bytearray | memoryview], int]
 """Unpacks into a buffer and gives how many bytes it filled. Raises ValueError."""
-Packing = Literal["snappy", "raw snappy", "zstd", "lz4 block"]
+Packing = Literal["snappy", "raw snappy", "zstd", "lz4"]
 
 LIBRARY = "cramjam"
 INSTALL = "pip install 'cloudfs[dumps]'"
@@ -24,9 +24,9 @@ _FUNCTIONS: dict[Packing, tuple[str, str]] = {
     "snappy": ("snappy", "decompress_into"),
     "raw snappy": ("snappy", "decompress_raw_into"),
     "zstd": ("zstd", "decompress_into"),
-    "lz4 block": ("lz4", "decompress_block_into"),
+    "lz4": ("lz4", "decompress_into"),
 }
-"""`snappy` is its framing format, checksums and all."""
+"""`snappy`, `zstd` and `lz4` are framed, checksums and all."""
 
 
 def decoder(packing: Packing, plugin: str) -> Unpack:
@@ -34,7 +34,7 @@ def decoder(packing: Packing, plugin: str) -> Unpack:
     try:
         library = importlib.import_module(LIBRARY)
     except ImportError as error:
-        what = packing.removeprefix("raw ").removesuffix(" block")
+        what = packing.removeprefix("raw ")
         raise PluginError(plugin, f"data packed by {what} need the library {LIBRARY} ({error}): {INSTALL}") from error
     module, name = _FUNCTIONS[packing]
     function: Callable[[bytes | memoryview, bytearray | memoryview], int] = getattr(getattr(library, module), name)

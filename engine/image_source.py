@@ -5,7 +5,7 @@
 
 - A split image, NAME.001 NAME.002 … (also .000, .00, .01, .aa), is joined where its first part is named.
 - ZIP: a member that is stored as it is lies in place.
-- xz, Zstandard: packed in blocks (frames) that are small enough, it is unpacked where it is read.
+- xz, Zstandard, lz4: packed in blocks (frames) that are small enough, it is unpacked where it is read.
 - A URL is read by ranges; see `engine.remote_file`.
 - Anything else that is packed ends in a sentence with the command that unpacks it.
 
@@ -29,6 +29,7 @@ from engine.block_memory import BlockMemory
 from engine.decoders import decoder
 from engine.errors import InvalidArgumentError, NotRecognisedError, UnusableTargetError
 from engine.file_memory import FileMemory, open_image
+from engine.formats.lz4 import lz4_blocks
 from engine.formats.xz import xz_blocks
 from engine.formats.zip import STORED, image_member, stored_at
 from engine.formats.zstd import zstd_frames
@@ -257,6 +258,11 @@ def _from_zstd(source: ImageSource) -> tuple[Memory, str]:
     return _blocks(source, found.starts, found.lengths, found.decode), f"a Zstandard file of {len(found.starts)} frames"
 
 
+def _from_lz4(source: ImageSource) -> tuple[Memory, str]:
+    found = lz4_blocks(source.memory, decoder("lz4", "raw"))
+    return _blocks(source, found.starts, found.lengths, found.decode), f"an lz4 file of {len(found.starts)} blocks"
+
+
 def _blocks(source: ImageSource, starts: Column, lengths: Column, decode: Callable[[int], bytes]) -> Memory:
     limit = STORE_LIMIT if source.immutable else 1
     return BlockMemory(starts, lengths, decode, limit=limit, may_block=source.memory.may_block)
@@ -266,4 +272,5 @@ _UNPACKERS: dict[str, Callable[[ImageSource], tuple[Memory, str]]] = {
     "zip": _from_zip,
     "xz": _from_xz,
     "zstd": _from_zstd,
+    "lz4": _from_lz4,
 }

@@ -33,7 +33,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.remote_file": ("engine.block_memory", "engine.middleware", "engine.leases"),
     "engine.image_source": (
         "engine.file_memory", "engine.joined_memory", "engine.block_memory", "engine.decoders", "engine.recognition",
-        "engine.formats.zip", "engine.formats.xz", "engine.formats.zstd", "engine.remote_file",
+        "engine.formats.zip", "engine.formats.xz", "engine.formats.zstd", "engine.formats.lz4",
+        "engine.remote_file",
     ),
     "engine.zero_gaps": ("engine.memory",),
     "engine.decoders": ("engine.errors",),

@@ -79,6 +79,8 @@ def packed(kind: str, data: bytes, folder: Path) -> Path:
             path.write_bytes(run("xz", "-c", plain) + bytes(8) + lzma.compress(data, check=lzma.CHECK_CRC64))
         case "zst":
             path.write_bytes(frames(data, folder))
+        case "lz4":
+            path.write_bytes(run("lz4", "-B4", "-BX", "-c", plain))
         case "seekable.zst":
             sizes = [len(data[at : at + 100_000]) for at in range(0, len(data), 100_000)]
             path.write_bytes(seekable(frames(data, folder), sizes))
@@ -96,7 +98,7 @@ def packed(kind: str, data: bytes, folder: Path) -> Path:
     return path
 
 
-KINDS = ["zip", "xz", "zst", "seekable.zst", "split", "split.aa", "split.zst"]
+KINDS = ["zip", "xz", "zst", "lz4", "seekable.zst", "split", "split.aa", "split.zst"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +153,7 @@ def test_memory_inside_is_opened_as_such_and_the_file_itself_can_be_seen(tmp_pat
     [
         (["gzip"], "gzip -dk"),
         (["bzip2"], "bzip2 -dk"),
-        (["lz4"], "lz4 -d"),
+        (["lz4", "-B4", "-BD"], "lz4 -d"),
         (["zstd", "-q"], "zstd -d"),
         (["xz", "-T1"], "xz -dk"),
     ],
@@ -239,7 +241,7 @@ def test_a_packed_image_is_never_written(tmp_path):
 # ---- damage ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "block"), [("xz", 65536), ("zst", 100_000)])
+@pytest.mark.parametrize(("kind", "block"), [("xz", 65536), ("zst", 100_000), ("lz4", 65536)])
 def test_a_damaged_block_faults_and_the_others_are_read(tmp_path, kind, block):
     path = packed(kind, DATA, tmp_path)
     data = bytearray(path.read_bytes())
@@ -264,7 +266,7 @@ def test_what_was_cut_off_says_so(tmp_path, kind):
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(["zip", "xz", "zst", "seekable.zst"]),
+    st.sampled_from(["zip", "xz", "zst", "seekable.zst", "lz4"]),
     st.lists(st.tuples(st.integers(-200, 100), st.integers(0, 255)), max_size=5),
     st.integers(0, 60),
 )
