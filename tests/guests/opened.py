@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Callable
 
 from guests.recording import Recording
 
 from engine.file_memory import FileMemory
-from engine.memory import BytesMemory
 from engine.oslayer import Base
 from engine.oslayers.linux import LinuxLayer
+from engine.overlay import OverlayMemory
 
 WORD = 8
 
@@ -31,10 +30,9 @@ class Copy:
 
     def __init__(self, recording: Recording) -> None:
         self.original = opened(recording)
-        self._extents = recording.extents
         self.keeper = recording.truth.keeper
-        with recording.image.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._extents = recording.extents
+        self.memory = OverlayMemory(FileMemory(str(recording.image), immutable=True))
 
     def place(self, address: int) -> int:
         """Where in the image the byte at an address of the kernel lies."""
@@ -46,20 +44,17 @@ class Copy:
 
     def word(self, address: int) -> int:
         """The word at an address of the kernel."""
-        at = self.place(address)
-        return int.from_bytes(self._bytes[at : at + WORD], "little")
+        return self.memory.u64(self.place(address))
 
     def set_word(self, address: int, value: int) -> None:
         """Change a word of the kernel."""
-        at = self.place(address)
-        self._bytes[at : at + WORD] = value.to_bytes(WORD, "little")
+        self.memory.write(self.place(address), value.to_bytes(WORD, "little"))
 
     def set_bytes(self, address: int, data: bytes) -> None:
         """Change some bytes of the kernel, within a page."""
-        at = self.place(address)
-        self._bytes[at : at + len(data)] = data
+        self.memory.write(self.place(address), data)
 
     def layer(self, change: Callable[[Copy], None], *, live: bool = False) -> LinuxLayer:
         """The layer over the copy once it was changed."""
         change(self)
-        return LinuxLayer.open(Base(BytesMemory(memoryview(self._bytes)), live=live), {})
+        return LinuxLayer.open(Base(self.memory, live=live), {})
