@@ -112,7 +112,12 @@ class LimeConnector(Connector):
 
 def _plain(source: ImageSource, records: Records) -> tuple[Memory, MemoryMap]:
     ranges = MemoryMap(MapRange(record.start, record.size, record.offset) for record in records.records)
-    return MappedMemory(source.memory, ranges), ranges
+    memory = MappedMemory(source.memory, ranges)
+    edges = source.memory.page_size
+    for one in ranges.ranges:
+        edges |= one.base | one.length
+    memory.page_size = edges & -edges  # wherever in the file they lie, behind headers of 32 bytes: it has no holes
+    return memory, ranges
 
 
 def _packed(source: ImageSource, records: Records) -> tuple[Memory, MemoryMap]:

@@ -63,6 +63,12 @@ def test_every_range_is_read_where_it_lay(opened, make):
 
 
 @pytest.mark.parametrize("make", [lime_image, avml_image])
+def test_what_can_be_read_changes_no_oftener_than_the_ranges_do(opened, make):
+    assert opened(make([(0x1000, b"x" * 0x2000), (0x10000, b"x" * 0x1000)])).memory.page_size == 4096
+    assert opened(make([(0x1000, b"x" * 0x9EC00), (0x100000, b"x" * 0x1000)])).memory.page_size == 1024
+
+
+@pytest.mark.parametrize("make", [lime_image, avml_image])
 def test_it_holds_the_contract_of_connectors(opened, make):
     connector = opened(make(BIOS))
     check_connector(connector, Truth(known=BIOS, holes=[Extent(0, 0x1000), Extent(0x9FC00, 0x60400)]))
