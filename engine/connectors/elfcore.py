@@ -145,7 +145,11 @@ class ElfCoreConnector(Connector):
         try:
             return cls._of(image)
         except FaultError as error:
+            image.close()
             raise UnusableTargetError(f"{target} cannot be opened as an ELF core: {error}") from None
+        except BaseException:
+            image.close()
+            raise
 
     @classmethod
     def _of(cls, image: ImageSource) -> Self:
@@ -154,7 +158,10 @@ class ElfCoreConnector(Connector):
         kind = elf.header.kind
         if kind != ET_CORE:
             what = _KINDS.get(kind, f"type {kind:#x}")
-            raise NotRecognisedError(f"{image.path} is an ELF file but no core of a machine: its type says {what}")
+            raise NotRecognisedError(
+                f"{image.path} is an ELF file but no core of a machine: its type says {what}; "
+                f"raw:{image.path} shows its bytes"
+            )
         warnings = list(image.notes)
         segments = _segments(elf, warnings)
         notes = _notes(file, segments, elf.header.order, warnings)

@@ -30,14 +30,16 @@ from engine.errors import (
     NotRecognisedError,
     UnusableTargetError,
 )
-from engine.file_memory import FRESHNESS_HELP, FileMemory, open_image
+from engine.file_memory import FRESHNESS_HELP
 from engine.formats.crash_notes import hints_of
 from engine.formats.elf import parse_notes
 from engine.formats.kdump.bitmap import PageBitmap
 from engine.formats.kdump.flattened import is_flattened, pieces_of
 from engine.formats.kdump.header import KdumpHeader, read_header, why_left_out
 from engine.formats.kdump.pages import INCOMPLETE, SNAPPY, ZSTD, PageTable, Part
-from engine.leases import Lease
+from engine.image_source import ImageSource, open_source
+from engine.joined_memory import JoinedMemory
+from engine.leases import JointLease, Lease
 from engine.memory import NO_FAULTS, Addresses, Faults, Memory, Rows
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Options, OsLayer
@@ -50,6 +52,8 @@ SCAN_ROWS, SCAN_BYTES = 256, 64
 NOTES_LIMIT = 64 << 20
 INFO_LIMIT = 1 << 16
 """Bytes of VMCOREINFO; Linux keeps it within a page."""
+LIVE_STORE = 1
+"""Bytes of unpacked pages that are kept of a file that may change: one page."""
 PART_LIMIT = 256
 RANGE_LIMIT = 1 << 16
 """Ranges of RAM that the memory map tells one by one."""
@@ -60,33 +64,6 @@ _ARCHITECTURES = {"i486": "i386", "i586": "i386", "i686": "i386", "armv6l": "arm
 _UNKNOWN = ("", "Unknown")
 """What the header says instead: QEMU writes the second for all machines but x86."""
 _BREAK, _FOLLOWS, _SAME = 0, 1, 2
-
-
-class JoinedParts(Memory):
-    """The files of a split dump, `_PART_SIZE` apart from each other."""
-
-    def __init__(self, files: Sequence[Memory]) -> None:
-        self.files = files
-
-    @property
-    def size(self) -> int:
-        """First address behind the last file."""
-        return (len(self.files) - 1) * _PART_SIZE + self.files[-1].size
-
-    @property
-    def may_block(self) -> bool:
-        """As the worst of them."""
-        return any(file.may_block for file in self.files)
-
-    def readinto(self, address: int, buffer: memoryview) -> None:
-        """See `Memory.readinto`; no read goes from one file into the next."""
-        index, offset = divmod(address, _PART_SIZE)
-        if not 0 <= index < len(self.files):
-            raise FaultError(address)
-        try:
-            self.files[index].readinto(offset, buffer)
-        except FaultError as error:
-            raise error.moved(index * _PART_SIZE) from None
 
 
 class KdumpMemory(Memory):
@@ -293,12 +270,14 @@ class KdumpConnector(Connector):
 
     kind = "kdump"
     summary = "a compressed dump of makedumpfile, diskdump or QEMU"
+    opens_packed = True
     options_help = {"parts": "a pattern that the parts of a split dump match", **FRESHNESS_HELP}
 
-    def __init__(self, files: Sequence[FileMemory], memory: KdumpMemory, header: KdumpHeader) -> None:
-        self._files = files
+    def __init__(self, sources: Sequence[ImageSource], memory: KdumpMemory) -> None:
+        self._sources = sources
         self._memory = memory
-        self._header = header
+        leases = [source.lease for source in sources if source.lease is not None]
+        self._lease = leases[0] if len(sources) == 1 and leases else JointLease(leases) if leases else None
         self.notes: list[str] = []
         self._hints = TargetHints()
         self._memory_map = _map_of(memory)
@@ -313,32 +292,41 @@ class KdumpConnector(Connector):
         paths = sorted({target, *glob.glob(options["parts"])}) if "parts" in options else [target]
         if len(paths) > PART_LIMIT:
             raise InvalidArgumentError(f"parts={options['parts']} matches {len(paths)} files, more than {PART_LIMIT}")
-        files = [open_image(path, options, writable=False) for path in paths]
+        sources: list[ImageSource] = []
         try:
-            return cls._of(files)
-        except NotRecognisedError as error:
-            raise NotRecognisedError(f"{target} is no kdump file: {error}") from None
-        except FaultError as error:
-            raise UnusableTargetError(f"{target} cannot be opened as a kdump file: {error}") from None
+            as_it_is = len(paths) > 1
+            sources.extend(open_source(path, options, writable=False, as_it_is=as_it_is) for path in paths)
+            return cls._of(sources)
+        except BaseException as error:
+            for source in sources:
+                source.close()
+            if isinstance(error, NotRecognisedError):
+                raise NotRecognisedError(f"{target} is no kdump file: {error}") from None
+            if isinstance(error, FaultError):
+                raise UnusableTargetError(f"{target} cannot be opened as a kdump file: {error}") from None
+            raise
 
     @classmethod
-    def _of(cls, files: Sequence[FileMemory]) -> Self:
-        notes: list[str] = []
-        dumps = [_in_order(file, notes) for file in files]
+    def _of(cls, sources: Sequence[ImageSource]) -> Self:
+        notes = [note for source in sources for note in source.notes]
+        dumps = [_in_order(source.memory, notes) for source in sources]
         headers = [read_header(dump) for dump in dumps]
-        parts, source = _parts(files, headers, notes), dumps[0] if len(dumps) == 1 else JoinedParts(dumps)
+        parts, source = _parts(sources, headers, notes), dumps[0]
+        if len(dumps) > 1:
+            source = JoinedMemory([(number * _PART_SIZE, dump) for number, dump in enumerate(dumps)])
         ram, dumped = _bitmaps(dumps[0], headers[0], notes)
         table = PageTable(source, parts, dumped)
         for packing in (SNAPPY, ZSTD):
             if any(header.status & packing for header in headers):
                 table.unpacker(packing)
-        header = headers[0]
-        made = cls(files, KdumpMemory(table, ram, why_left_out(header.dump_level)), header)
+        level = headers[0].dump_level
+        limit = STORE_LIMIT if all(each.immutable for each in sources) else LIVE_STORE
+        made = cls(sources, KdumpMemory(table, ram, why_left_out(level), limit))
         if any(each.status & INCOMPLETE for each in headers):
             notes.append("there was no room for all pages when the dump was written: reading those faults")
         left_out = ram.total - dumped.total
         if left_out > 0:
-            notes.append(f"{left_out} pages were {why_left_out(header.dump_level)}")
+            notes.append(f"{left_out} pages were {why_left_out(level)}")
         made.notes = notes
         made._hints = _hints(dumps, headers, notes)
         return made
@@ -358,19 +346,19 @@ class KdumpConnector(Connector):
         """See `Connector.info`."""
         return ConnectorInfo(
             kind=self.kind,
-            target=self._files[0].path,
+            target=self._sources[0].path,
             size=self._memory.size,
             real_size=self._memory_map.real_size,
-            live=not all(file.immutable for file in self._files),
+            live=not all(source.immutable for source in self._sources),
             writable=False,
             notes=tuple(self.notes),
-            freshness=next((file.freshness for file in self._files if not file.immutable), self._files[0].freshness),
+            freshness=next((each for each in self._sources if not each.immutable), self._sources[0]).freshness,
         )
 
     @property
     def lease(self) -> Lease | None:
-        """See `Connector.lease`; of several parts none: they are taken for what they were when they were opened."""
-        return self._files[0].lease if len(self._files) == 1 else None
+        """See `Connector.lease`."""
+        return self._lease
 
     def hints(self) -> TargetHints:
         """See `Connector.hints`: VMCOREINFO and registers as the sub header's notes tell them."""
@@ -378,11 +366,11 @@ class KdumpConnector(Connector):
 
     def close(self) -> None:
         """See `Connector.close`."""
-        for file in self._files:
-            file.close()
+        for source in self._sources:
+            source.close()
 
 
-def _in_order(file: FileMemory, notes: list[str]) -> Memory:
+def _in_order(file: Memory, notes: list[str]) -> Memory:
     """The dump in the file: the file itself, or, where it is flattened, what it stands for."""
     if not is_flattened(file):
         return file
@@ -392,19 +380,19 @@ def _in_order(file: FileMemory, notes: list[str]) -> Memory:
     return MappedMemory(file, MemoryMap(ranges))
 
 
-def _parts(files: Sequence[FileMemory], headers: Sequence[KdumpHeader], notes: list[str]) -> list[Part]:
+def _parts(sources: Sequence[ImageSource], headers: Sequence[KdumpHeader], notes: list[str]) -> list[Part]:
     """The parts by their first page. Raises InvalidArgumentError where they are not of one dump, or overlap."""
     parts = []
-    for number, (file, header) in enumerate(zip(files, headers, strict=True)):
+    for number, (source, header) in enumerate(zip(sources, headers, strict=True)):
         whole = replace(header, first_pfn=None, stop_pfn=None, vmcoreinfo=(0, 0), notes=(0, 0), status=0)
         first = replace(headers[0], first_pfn=None, stop_pfn=None, vmcoreinfo=(0, 0), notes=(0, 0), status=0)
         if whole != first:
-            raise InvalidArgumentError(f"{file.path} is no part of the dump that {files[0].path} is a part of")
-        low, high = header.first_pfn or 0, header.stop_pfn or header.page_count
+            raise InvalidArgumentError(f"{source.path} is no part of the dump that {sources[0].path} is a part of")
+        low, high = header.first_pfn or 0, header.page_count if header.stop_pfn is None else header.stop_pfn
         if not low <= high <= header.page_count:
             raise BadDataError(header.page_size, detail=f"a part of the pages from {low} to {high}")
         parts.append(Part(header, low, high, number * _PART_SIZE))
-    parts.sort(key=lambda part: part.first)
+    parts.sort(key=lambda part: (part.first, part.stop))
     for one, two in pairwise(parts):
         if one.stop > two.first:
             raise InvalidArgumentError("two of the files hold the same part of a split dump")

@@ -190,7 +190,7 @@ def test_a_flattened_dump_is_read_in_place(made):
 
 def _split(tmp_path: Path) -> list[str]:
     names = []
-    for number, part in enumerate([(0, 3), (3, 25), (25, 25), (25, 40)]):
+    for number, part in enumerate([(0, 3), (3, 25), (25, 25), (25, 40), (0, 0)]):
         names.append(str(tmp_path / f"part{number}"))
         Path(names[-1]).write_bytes(kdump(PAGES, Kdump(split=part, pack=deflated), LEFT_OUT))
     return names
@@ -200,6 +200,24 @@ def test_the_parts_of_a_split_dump_are_one_memory(tmp_path):
     names = _split(tmp_path)
     connector = KdumpConnector.open(names[1], {"parts": str(tmp_path / "part*")}, parent=None, writable=False)
     check_memory(lambda: connector.memory, TRUTH)
+
+
+def test_a_file_that_was_cut_into_pieces_is_joined(tmp_path):
+    content = kdump(PAGES, Kdump(pack=deflated), LEFT_OUT)
+    for number, at in enumerate(range(0, len(content), 10_000), 1):
+        (tmp_path / f"dump.{number:03}").write_bytes(content[at : at + 10_000])
+    link = image_link(str(tmp_path / "dump.001"))[1]
+    connector = KdumpConnector.open(link.target, link.options, parent=None, writable=False)
+    check_memory(lambda: connector.memory, TRUTH)
+
+
+def test_the_lease_of_a_split_dump_ends_with_that_of_any_part(tmp_path):
+    names = _split(tmp_path)
+    connector = KdumpConnector.open(names[1], {"parts": str(tmp_path / "part*")}, parent=None, writable=False)
+    require(connector.lease is not None and connector.lease.held, "there are no read leases here")
+    assert not connector.info.live
+    with open(names[3], "r+b"):
+        assert connector.info.live
 
 
 def test_one_part_of_a_split_dump_says_that_there_are_others(tmp_path):
