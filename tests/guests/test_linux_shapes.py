@@ -277,3 +277,10 @@ def read_all(process) -> None:
             files.read(name)
     except EngineError:
         pass
+
+
+def test_modules_equal_proc_modules(shaped):
+    recording, layer = shaped
+    told = [line.split() for line in recording.truth.text("/proc/modules").splitlines()]
+    found = [(module.name, module.info.base, module.size) for module in layer.modules()]
+    assert found == [(row[0], int(row[5], 16), int(row[1])) for row in told]

@@ -232,7 +232,7 @@ def find_head(kernel: Kernel, objects: Objects) -> int | None:
     """
     layout, image = objects.struct("module"), kernel.found.image
     link = layout["list"]
-    for head in _list_heads(objects, image):
+    for head in list_heads(objects, image):
         names = 0
         for address in ring(objects.silent(), head, link, MODULE_LIMIT):
             try:
@@ -250,7 +250,7 @@ def find_head(kernel: Kernel, objects: Objects) -> int | None:
     return None
 
 
-def _list_heads(objects: Objects, image: Extent) -> Iterator[int]:
+def list_heads(objects: Objects, image: Extent) -> Iterator[int]:
     """The places in the image that hold two pointers to outside of it, which point back."""
     word, step = objects.word, 1 << 20
     kind = np.dtype(objects.word_type)
@@ -283,7 +283,7 @@ def _parts(objects: Objects, address: int) -> Iterator[Part]:
             if place and 0 < length <= SIZE_LIMIT:
                 yield Part(MEMORY_KINDS[index], place, length)
         return
-    for name in ("core", "init"):
+    for name in ("core", "init") if "core_layout" in layout else ():
         place = objects.pointer(address + layout[f"{name}_layout.base"].offset)
         length = objects.value(address, layout[f"{name}_layout.size"])
         if place and 0 < length <= SIZE_LIMIT:

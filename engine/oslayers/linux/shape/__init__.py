@@ -18,6 +18,7 @@ from __future__ import annotations
 from engine.errors import EngineError
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.shape.finding import find_shapes
+from engine.oslayers.linux.shape.modules import find_modules
 from engine.oslayers.linux.shape.types import Shapes
 
 TOLD = {
@@ -45,6 +46,8 @@ def shapes_of(profile: Profile) -> Shapes | None:
     if shapes is None:
         profile.notes.append("processes cannot be found by their shape either: no ring of tasks begins with init_task")
         return None
+    told = shapes
+    told.later("module", lambda: find_modules(profile, told))
     lost = [word for word, (struct, member) in TOLD.items() if not _has(shapes, struct, member)]
     missing = ", ".join([*lost, "open files, sockets, namespaces"])
     profile.notes.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.layout import DataType, Field, StructLayout, TypeKind, TypeSource
 
 Members = dict[str, tuple[int, DataType]]
@@ -14,9 +16,14 @@ class Shapes(TypeSource):
     def __init__(self, pointer_size: int) -> None:
         self.pointer_size = pointer_size
         self._structs: dict[str, StructLayout] = {}
+        self._later: dict[str, Callable[[], dict[str, Members]]] = {}
 
     def struct(self, *names: str) -> StructLayout | None:
         """See `TypeSource.struct`."""
+        for name in names:
+            search = self._later.pop(name, None)
+            for found, members in (search() if search is not None else {}).items():
+                self.add(found, members)
         return next((self._structs[name] for name in names if name in self._structs), None)
 
     def enum(self, name: str) -> dict[str, int] | None:
@@ -28,6 +35,10 @@ class Shapes(TypeSource):
         fields = [Field(key, offset, kind.size, kind) for key, (offset, kind) in members.items()]
         fields.sort(key=lambda field: field.offset)
         self._structs[name] = StructLayout(name, max((field.stop for field in fields), default=0), fields)
+
+    def later(self, name: str, search: Callable[[], dict[str, Members]]) -> None:
+        """A structure that is searched for once somebody asks for it."""
+        self._later[name] = search
 
     def names(self) -> dict[str, list[str]]:
         """What is known: the members of each structure."""
