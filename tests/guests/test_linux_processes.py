@@ -8,7 +8,7 @@ import pytest
 from guests.opened import Copy, opened
 
 from engine.oslayer import Containers, ProcFiles
-from engine.oslayers.linux.listing import NUMBERS, RING
+from engine.oslayers.linux.listing import NUMBERS, RING, find_process, pid_numbers
 
 MAY_MOVE = {3, 10, 11, 14, 15, 16, 17, 35, 39}
 """Fields of stat of the few processes that still ran between the guest's words and its stop: what grows with that."""
@@ -151,6 +151,25 @@ def test_a_removed_program_is_told_from_one_that_is_there(typed, layer):
         info, link = layer.process(pid).info, typed.truth.get(f"/proc/{pid}/exe")
         if link:
             assert info.extra["executable_deleted"] == link.endswith(b" (deleted)")
+
+
+def test_a_process_is_found_by_its_number_alone_as_in_the_list(typed, layer):
+    """As over live memory, where nothing is kept."""
+    numbers = pid_numbers(layer.tasks, layer.kernel.objects())
+    assert numbers is not None
+    for one in layer.processes():
+        found = find_process(layer.tasks, layer.kernel.objects(), numbers, one.info.pid)
+        assert found is not None
+        assert [found.record.address, list(found.sources)] == [one.info.object, one.info.extra["sources"]]
+    threads = {thread.tid for one in layer.processes() for thread in one.threads()}
+    for pid in (0, 39_999, 1 << 30, *sorted(threads - set(layer.pids()))):
+        assert find_process(layer.tasks, layer.kernel.objects(), numbers, pid) is None
+
+
+def test_a_process_hidden_from_the_ring_is_found_by_its_number(typed):
+    layer = Copy(typed).layer(unlink_from_ring, live=True)
+    assert layer.process(typed.truth.keeper).info.extra["sources"] == [NUMBERS]
+    assert layer.process(1).info.extra["sources"] == [RING, NUMBERS]
 
 
 # -- two sources ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.kernel import Kernel
-from engine.oslayers.linux.listing import Listed, PidNumbers, list_processes, pid_numbers
+from engine.oslayers.linux.listing import Listed, PidNumbers, find_process, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
 from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
@@ -239,10 +239,19 @@ class LinuxLayer(OsLayer):
 
     def process(self, pid: int) -> Process:
         """See `OsLayer.process`."""
-        found = self._list().get(pid)
+        found = self._find(pid)
         if found is None:
             raise ProcessExitedError(pid)
         return LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
+
+    def _find(self, pid: int) -> Listed | None:
+        """One process; where nothing may be kept it is looked for alone, and all are listed only if that fails."""
+        tasks = self.tasks
+        if self._base.live and self._numbers is not None:
+            found = find_process(tasks, self.kernel.objects(), self._numbers, pid)
+            if found is not None:
+                return found
+        return self._list().get(pid)
 
     def processes(self) -> Iterator[Process]:
         """See `OsLayer.processes`: all as of one listing."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.tasks import TASK_LIMIT, TaskRecord, Tasks
-from engine.oslayers.linux.walks import xarray
+from engine.oslayers.linux.walks import xarray, xarray_entry
 
 RING, NUMBERS = "task ring", "pid numbers"
 """Where a process may be found: in the list of tasks, in the table of PIDs."""
@@ -52,6 +52,31 @@ class PidNumbers:
         firsts, _ = objects.pointers(objects.addresses(entry for _, entry in entries), self.first)
         pairs = zip(entries, firsts.tolist(), strict=True)
         return {first - self.link: index for (index, _), first in pairs if objects.is_pointer(first)}
+
+
+    def leader(self, objects: Objects, pid: int) -> int | None:
+        """The leader of the thread group with that PID; None where the table has none. Raises FaultError."""
+        entry = xarray_entry(objects, self.table, pid)
+        first = objects.pointer(entry + self.first.offset) if objects.is_pointer(entry) and not entry & 3 else 0
+        return first - self.link if objects.is_pointer(first) else None
+
+
+def find_process(tasks: Tasks, objects: Objects, numbers: PidNumbers, pid: int) -> Listed | None:
+    """One process by its number, with no walk of the ring: whether it stands in that its neighbours say.
+
+    None where the table of PIDs does not tell of it: the ring may.
+    """
+    try:
+        address = numbers.leader(objects, pid)
+        records = [] if address is None else tasks.records(objects, [address])
+        if address is None or not records or not records[0].pid == records[0].tgid == pid or records[0].state == DEAD:
+            return None
+        link, word = address + tasks.link.offset, objects.word
+        following, previous = objects.pointer(link), objects.pointer(link + word)
+        linked = following != link and objects.pointer(following + word) == objects.pointer(previous) == link
+    except FaultError:
+        return None
+    return Listed(records[0], (RING, NUMBERS) if linked else (NUMBERS,))
 
 
 @dataclass(frozen=True, slots=True)

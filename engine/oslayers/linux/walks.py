@@ -147,6 +147,26 @@ def xarray(
     yield from walk.node(top - XA_NODE, 0, 64)
 
 
+def xarray_entry(objects: Objects, head: int, index: int) -> int:
+    """The entry at one index of the `struct xarray` at `head`; 0 where there is none. Raises FaultError."""
+    node = objects.struct("xa_node")
+    slots, shift = node["slots"], node["shift"]
+    count = slots.size // objects.word
+    entry = objects.pointer(head + objects.struct("xarray", "radix_tree_root").first("xa_head", "rnode").offset)
+    if not _is_node(objects, entry):
+        return entry if not index and entry & 3 != XA_NODE else 0
+    for _ in range(DEPTH_LIMIT):
+        at = entry - XA_NODE
+        bits = objects.value(at, shift)
+        slot = index >> bits
+        if bits > 60 or slot >= count:
+            return 0
+        entry, index = objects.pointer(at + slots.offset + slot * objects.word), index - (slot << bits)
+        if not bits or not _is_node(objects, entry):
+            return entry if entry & 3 != XA_NODE else 0
+    return 0
+
+
 def _is_node(objects: Objects, entry: int) -> bool:
     return entry & 3 == XA_NODE and entry > XA_SMALLEST and objects.is_pointer(entry)
 
