@@ -23,22 +23,37 @@ MNT_FORCE, MNT_DETACH = 1, 2
 
 
 def abort(*folders: Path | str) -> None:
-    """End the connections of these mounts and take them away, without a look at them."""
+    """End the connections of these mounts and take them away, without a look at them.
+
+    Root does it by umount2(2), others by what the kernel lends the owner of a connection, where fusectl is mounted.
+    """
     libc = ctypes.CDLL(None)
-    for folder in folders:
-        for flags in (MNT_FORCE, MNT_DETACH):
-            libc.umount2(os.fsencode(folder), flags)
+    for folder in map(os.fspath, folders):
+        number = connection_of(folder)
+        if libc.umount2(os.fsencode(folder), MNT_FORCE) and number is not None:
+            with contextlib.suppress(OSError):
+                Path(f"/sys/fs/fuse/connections/{number}/abort").write_text("1")
+        if libc.umount2(os.fsencode(folder), MNT_DETACH) and number is not None:
+            subprocess.run(["fusermount3", "-uz", folder], check=False, timeout=30, stderr=subprocess.DEVNULL)
+
+
+def connection_of(folder: str) -> int | None:
+    """The number of the FUSE connection of the last mount there: the minor of its device (proc_pid_mountinfo(5))."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        words = line.split(" ")
+        if words[4].encode(errors="surrogateescape").decode("unicode_escape") == folder:
+            found = int(words[2].partition(":")[2])
+    return found
 
 
 GUARD = """
-import ctypes, os, select, signal, sys
-if not select.select([0], [], [], float(sys.argv[1]))[0]:
-    libc = ctypes.CDLL(None)
-    for word in sys.argv[2:]:
-        if not word.isdigit():
-            libc.umount2(os.fsencode(word), 1)
-            libc.umount2(os.fsencode(word), 2)
-    for word in sys.argv[2:]:
+import os, select, signal, sys
+if not select.select([0], [], [], float(sys.argv[2]))[0]:
+    sys.path.insert(0, sys.argv[1])
+    from dead_filesystem import abort
+    abort(*(word for word in sys.argv[3:] if not word.isdigit()))
+    for word in sys.argv[3:]:
         if word.isdigit():
             try: os.kill(int(word), signal.SIGKILL)
             except OSError: pass
@@ -48,9 +63,8 @@ if not select.select([0], [], [], float(sys.argv[1]))[0]:
 @contextlib.contextmanager
 def guarded(seconds: float, *words: object) -> Iterator[None]:
     """After so many seconds another process aborts these mounts and kills these PIDs, whatever hangs here."""
-    guard = subprocess.Popen(
-        [sys.executable, "-c", GUARD, str(seconds), *map(str, words)], stdin=subprocess.PIPE, start_new_session=True
-    )
+    command = [sys.executable, "-c", GUARD, str(Path(__file__).parent), str(seconds), *map(str, words)]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
