@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from engine import chain, registry
-from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedError
+from engine.errors import EngineError, InvalidArgumentError, NotFoundError, NotRecognisedError
 from engine.file_memory import open_descriptor
 from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
@@ -113,23 +114,51 @@ def chain_of(target: str | None, words: Sequence[tuple[Kind, str]] = ()) -> Chai
     return Chain(tuple(links))
 
 
-def open_chain(machine: Machine, wanted: Chain, *, need_os: bool = True) -> Instance:
+def open_chain(
+    machine: Machine, wanted: Chain, *, need_os: bool = True, patience: float | None = None
+) -> Instance:
     """Open a chain, each link on the one before it; gives the last instance.
 
     Without `need_os` memory in which no OS is recognised is no error where `auto` was only implied: the
-    connector is given then, and its `last_error` says why.
+    connector is given then, and its `last_error` says why. So it is where that takes longer than `patience` seconds:
+    it goes on, and what is recognised stands in `machine` later.
     """
     parent: Instance | None = None
     for index, (kind, spec) in enumerate(wanted.links):
-        implied = wanted.implied and index == len(wanted.links) - 1
-        try:
+        if parent is None or need_os or not wanted.implied or index < len(wanted.links) - 1:
             parent = machine.open(kind, spec, parent=parent)
-        except NotRecognisedError as error:
-            if parent is None or not implied or need_os:
-                raise
-            parent.last_error = str(error)
+        else:
+            parent = _recognised(machine, spec, parent, patience)
     assert parent is not None, "a chain has at least one link"
     return parent
+
+
+def _recognised(machine: Machine, spec: chain.Spec, parent: Instance, patience: float | None) -> Instance:
+    """The OS on a connector, or the connector where there is none, or not in time."""
+    found: list[Instance | BaseException] = []
+
+    def look() -> None:
+        try:
+            found.append(machine.open("oslayer", spec, parent=parent))
+        except BaseException as error:
+            if isinstance(error, EngineError | OSError):
+                parent.last_error = str(error)
+            found.append(error)
+
+    if patience is None:
+        look()
+    else:
+        thread = threading.Thread(target=look, name="recognition", daemon=True)
+        thread.start()
+        thread.join(patience)
+    if not found:
+        parent.last_error = f"an OS was looked for in {parent.name} for {patience:g} s so far: it is shown once found"
+        return parent
+    if isinstance(found[0], NotRecognisedError):
+        return parent
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def open_target(

@@ -89,16 +89,18 @@ def opened(
     *,
     need: Need = "os",
     writable: bool = False,
+    patience: float | None = None,
 ) -> Iterator[Opened]:
     """The chain that is asked for, open as long as the context.
 
-    An OS layer that nobody has named is not looked for where the connector is enough, as it may take long.
+    An OS layer that nobody has named is not looked for where the connector is enough, as it may take long; where it is
+    wanted if there is one (`any`) for at most `patience` seconds.
     """
     chain = chain_of(words.target, arguments.chain)
     if need == "connector" and chain.implied:
         chain = Chain(chain.links[:-1])
     with Machine(writable=writable) as machine:
-        yield Opened(machine, chain, open_chain(machine, chain, need_os=need == "os"))
+        yield Opened(machine, chain, open_chain(machine, chain, need_os=need == "os", patience=patience))
 
 
 @contextmanager

@@ -186,7 +186,10 @@ class _Session:
 
         output = Output("mount", json=self.arguments.json, no_color=self.arguments.no_color)
         with (
-            opened(self.arguments, self.words, need="any", writable=self.settings.writable) as target,
+            opened(
+                self.arguments, self.words, need="any", writable=self.settings.writable,
+                patience=self.arguments.timeout,
+            ) as target,
             contextlib.ExitStack() as stack,
         ):
             counters = Counters()

@@ -116,7 +116,7 @@ def test_allow_other_says_what_it_lends():
         ("ps dummy:size=5", 2, "multiple of 4K"),
         ("ps -c dummy -c dummy", 2, "a chain alternates"),
         ("ps raw:'x", 2, "a quote is not closed"),
-        ("ps http://example.org", 2, "opens URLs"),
+        ("ps nonsense://host/image", 2, "nonsense"),
         ("ps /", 1, "is a directory, not an image"),
         ("ps /dev/null", 1, "neither a regular file nor a block device"),
         ("info 99999999999999999999999", 3, "no PID is that large"),

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from engine.connectors.qemu.command_line import Address
-from engine.errors import AccessDeniedError, EngineError, NotFoundError, TargetBusyError, TargetTimeoutError
+from engine.errors import AccessDeniedError, NotFoundError, TargetBusyError, TargetTimeoutError, UnsupportedError
 
 GREETING = 1.0
 """Seconds for which we wait for QEMU to speak: it does so at once, or somebody else is connected."""
@@ -32,7 +32,7 @@ _CREDENTIALS = struct.Struct("3i")
 _PIECE = 1 << 16
 
 
-class MonitorError(EngineError):
+class MonitorError(UnsupportedError):
     """QEMU refused a command, or what answered is no QMP."""
 
     code = "monitor"
