@@ -15,8 +15,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Self
 
-import numpy as np
-
 from engine.connector import Connector, Target
 from engine.errors import (
     AccessDeniedError,
@@ -34,10 +32,11 @@ from engine.formats.elf import ElfFile, Note, Segment, parse_notes
 from engine.formats.elf.records import ET_CORE, PT_LOAD, PT_NOTE, parse_segments, segment_size
 from engine.image_source import ImageSource, open_source
 from engine.leases import Lease
-from engine.memory import Addresses, Faults, Memory, Pieces, Rows
+from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Options, OsLayer
 from engine.types import ADDRESS_SPACE, ConnectorInfo, Extent, TargetHints
+from engine.zero_gaps import ZeroGaps
 
 SEGMENT_LIMIT = 1 << 20
 """Segments of a file; a dump that leaves pages out has one for each run that stayed."""
@@ -45,61 +44,7 @@ NOTES_LIMIT = 64 << 20
 """Bytes of notes that are read: a few hundred for each CPU."""
 PAGE = 4096
 KCORE = "/proc/kcore"
-_ZEROS = 1 << 62
-"""From here on the source of the memory is zeros; no file is so long."""
 _KINDS = {0: "no type", 1: "a relocatable object", 2: "an executable", 3: "a shared object or an executable"}
-
-
-class WithZeros(Memory):
-    """A file, and zeros behind all that a file can hold."""
-
-    def __init__(self, file: Memory) -> None:
-        self.file = file
-
-    @property
-    def size(self) -> int:
-        """All addresses: the map on top of it bounds them."""
-        return ADDRESS_SPACE
-
-    @property
-    def may_block(self) -> bool:
-        """As the file."""
-        return self.file.may_block
-
-    def readinto(self, address: int, buffer: memoryview) -> None:
-        """See `Memory.readinto`."""
-        if address < _ZEROS:
-            self.file.readinto(address, buffer)
-        else:
-            buffer[:] = bytes(len(buffer))
-
-    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
-        """See `Memory.readinto_nowait`."""
-        if address < _ZEROS:
-            return self.file.readinto_nowait(address, buffer)
-        self.readinto(address, buffer)
-        return True
-
-    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
-        """See `Memory.extents`: zeros hold no data."""
-        return self.file.extents(start, stop) if start < _ZEROS else iter(())
-
-    def gather(self, addresses: Addresses, out: Rows) -> Faults:
-        """See `Memory.gather`."""
-        held = addresses < _ZEROS
-        if held.all():
-            return self.file.gather(addresses, out)
-        rows = np.flatnonzero(held)
-        part = np.empty((len(rows), out.shape[1]), np.uint8)
-        faults = self.file.gather(addresses[rows], part)
-        out[...] = 0
-        out[rows] = part
-        return Faults(rows[faults.rows], faults.addresses, faults.kinds)
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the file."""
-        return self.file.words_are_cheap
 
 
 class CoreMemory(MappedMemory):
@@ -112,10 +57,6 @@ class CoreMemory(MappedMemory):
             edges |= entry.base | entry.length
         self.page_size = edges & -edges
 
-    def pieces(self) -> Pieces | None:
-        """See `Memory.pieces`; None where there are zeros that lie nowhere."""
-        return None if isinstance(self.source, WithZeros) else super().pieces()
-
 
 class ElfCoreConnector(Connector):
     """An ELF core file of a machine."""
@@ -125,14 +66,13 @@ class ElfCoreConnector(Connector):
     options_help: ClassVar[dict[str, str]] = dict(FRESHNESS_HELP)
     opens_packed = True
 
-    def __init__(self, image: ImageSource, held: MemoryMap, left_out: list[MapRange], hints: TargetHints) -> None:
+    def __init__(self, image: ImageSource, held: MemoryMap, left_out: list[Extent], hints: TargetHints) -> None:
         self._image = image
         self._held = held
         self._hints = hints
         self.notes: list[str] = []
-        source = WithZeros(image.memory) if left_out else image.memory
-        whole = MemoryMap([*held.ranges, *left_out]) if left_out else held
-        self._memory = CoreMemory(source, whole)
+        memory = CoreMemory(image.memory, held)
+        self._memory: Memory = ZeroGaps(memory, left_out) if left_out else memory
 
     @classmethod
     def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
@@ -291,8 +231,8 @@ def _tells_addresses(loads: list[Segment]) -> bool:
 
 def _placed(
     loads: list[Segment], size: int, *, zeros: bool, warnings: list[str]
-) -> tuple[list[MapRange], list[MapRange]]:
-    """What the file holds, and what reads as zeros: both ascending and disjoint, the first before the second."""
+) -> tuple[list[MapRange], list[Extent]]:
+    """What the file holds, and what reads as zeros: both ascending, and all of them disjoint."""
     there, missing = [], 0
     for segment in loads:
         wanted = min(segment.file_size, segment.size)
@@ -308,13 +248,13 @@ def _placed(
     if not zeros:
         return held, []
     behind = [
-        MapRange(segment.physical + segment.file_size, segment.size - segment.file_size, _ZEROS)
+        MapRange(segment.physical + segment.file_size, segment.size - segment.file_size, 0)
         for segment in loads
         if segment.size > segment.file_size
     ]
     left_out = _without(_disjoint(behind), held)
     if left_out:
-        count = sum(entry.length for entry in left_out)
+        count = sum(gap.size for gap in left_out)
         warnings.append(f"{count} bytes were left out of the file when it was written: they read as zeros")
     return held, left_out
 
@@ -331,9 +271,9 @@ def _disjoint(ranges: Iterable[MapRange]) -> list[MapRange]:
     return found
 
 
-def _without(ranges: list[MapRange], taken: list[MapRange]) -> list[MapRange]:
+def _without(ranges: list[MapRange], taken: list[MapRange]) -> list[Extent]:
     """What of disjoint `ranges` is not in `taken`, both ascending."""
-    found: list[MapRange] = []
+    found: list[Extent] = []
     row = 0
     for entry in ranges:
         at = entry.base
@@ -341,9 +281,9 @@ def _without(ranges: list[MapRange], taken: list[MapRange]) -> list[MapRange]:
             row -= 1
         while row < len(taken) and taken[row].base < entry.stop:
             if taken[row].base > at:
-                found.append(MapRange(at, taken[row].base - at, entry.real_base))
+                found.append(Extent(at, taken[row].base - at))
             at = max(at, taken[row].stop)
             row += 1
         if at < entry.stop:
-            found.append(MapRange(at, entry.stop - at, entry.real_base))
+            found.append(Extent(at, entry.stop - at))
     return found
