@@ -6,6 +6,8 @@ The images are copies of recorded ones; what is compared with is what the guests
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from guests.damage import PAGE, Damage
 from guests.recording import Recording
 
 from cloudfs.render import log_lines, maps_line
-from engine.errors import InvalidArgumentError
+from engine.errors import EngineError, InvalidArgumentError
 from engine.file_memory import FileMemory
 from engine.formats.vmcoreinfo import find_vmcoreinfo
 from engine.oslayer import Base, KernelLog, Symbols
@@ -244,6 +246,33 @@ def test_a_wrong_value_is_refused_in_one_sentence(damage, without, option):
 def test_the_slide_fits_without_vmcoreinfo_too(damage, sound):
     slide = int(sound.truth.vmcoreinfo["KERNELOFFSET"], 16)
     assert open_image(damage.without_vmcoreinfo().path, kaslr=hex(slide)).info.version
+
+
+# -- and damaged at random ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seed", "share", "rest"), [(1, 0.01, 1.0), (2, 0.05, 1.0), (3, 0.01, 0.6), (4, 0.001, 0.65)], ids=str
+)
+def test_a_damaged_or_cut_off_image_says_what_it_still_tells_in_bounded_time(damage, seed, share, rest):
+    chance = random.Random(seed)
+    damage.without_vmcoreinfo()
+    for extent in FileMemory(str(damage.recording.image), immutable=True).extents():
+        for place in range(extent.start, extent.stop, PAGE):
+            if chance.random() < share:
+                damage.write(place, chance.randbytes(PAGE) if seed % 2 else bytes(PAGE))
+    os.truncate(damage.path, int(damage.path.stat().st_size * rest))
+    said, started = "", time.monotonic()
+    try:
+        layer = open_image(damage.path)
+        assert layer.info.version == damage.recording.truth.text("/proc/sys/kernel/osrelease").strip()
+        log = layer.capability(KernelLog)
+        assert log is None or list(log.records())
+        assert layer.pids()
+    except EngineError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert time.monotonic() - started < LIMIT
 
 
 # -- as a person meets it ----------------------------------------------------------------------------------------

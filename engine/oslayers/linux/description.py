@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import FaultError, NotFoundError
+from engine.errors import EngineError, NotFoundError
 from engine.formats.search import chunks
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
@@ -149,7 +149,7 @@ def _checked(memory: Memory, words: list[int], word: int, gap: int) -> tuple[int
             numbers = [memory.u64(infos + (head - back & mask) * size) for back in range(1, CONSECUTIVE)]
             if numbers == list(range(numbers[0], numbers[0] - len(numbers), -1)) and numbers[-1] >= 0 < numbers[0]:
                 return numbers[0], _lines(word, gap, size)
-    except FaultError:
+    except EngineError:
         return None
     return None
 

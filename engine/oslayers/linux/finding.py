@@ -10,6 +10,7 @@ Sources: Linux Documentation/admin-guide/kdump/vmcoreinfo.rst; arch/{x86,arm64,r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from engine.errors import EngineError, FaultError, NotRecognisedError
@@ -80,7 +81,8 @@ def _proved(memory: Memory, text: Vmcoreinfo, keep: bool, dtb: int | None) -> It
             candidate = guess if dtb is None else guess.at(guess.spec.dtb(dtb))
             if proves(physical, candidate, text, given=dtb is not None):
                 space = VirtualMemory(physical, [(candidate.spec, candidate.dtb)], keep=keep)
-                yield Found(candidate, text, physical, space, image_extent(space, text))
+                with suppress(NotRecognisedError):  # cut off before the kernel: another text may lead to another one
+                    yield Found(candidate, text, physical, space, image_extent(space, text))
 
 
 def candidates(text: Vmcoreinfo, first: int) -> Iterator[Candidate]:
@@ -155,6 +157,7 @@ def proves(physical: Memory, candidate: Candidate, text: Vmcoreinfo, *, given: b
 def image_extent(memory: VirtualMemory, text: Vmcoreinfo) -> Extent:
     """The kernel's image: from `_stext` on what is mapped linearly, over holes of at most 8 MiB.
 
+    What lies behind the end of an image that was cut off is not counted: to read it takes long, and gives nothing.
     Raises NotRecognisedError where nothing is mapped there.
     """
     start = text.symbol("_stext") or text.symbol("_text") or text.symbol("swapper_pg_dir") or 0
@@ -167,7 +170,9 @@ def image_extent(memory: VirtualMemory, text: Vmcoreinfo) -> Extent:
             if run.start - stop > IMAGE_HOLE:
                 break
             continue
-        stop = run.stop
+        stop = min(run.stop, run.start + max(0, memory.physical.size - run.physical))
+        if stop < run.stop:
+            break
     if stop == start:
         raise NotRecognisedError(f"the kernel's image is not mapped at {start:#x}")
     return Extent(start, stop - start)

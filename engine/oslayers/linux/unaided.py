@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.errors import EngineError, FaultError, NotFoundError
+from engine.errors import EngineError, FaultError, NotFoundError, NotRecognisedError
 from engine.formats.kallsyms import AddressMode, Kallsyms, load_kallsyms
 from engine.formats.ksymtab import Form, load_ksymtab
 from engine.formats.vmcoreinfo import Vmcoreinfo
@@ -76,7 +76,10 @@ def unaided(memory: Memory, *, keep: bool, dtb: int | None = None) -> Iterator[F
             continue  # of an architecture whose page tables are not walked
         signs = read_signs(memory, lead)
         machine = machines.pop() if len(machines) == 1 else None
-        found = _found(memory, signs, machine, dtb, keep=keep)
+        try:
+            found = _found(memory, signs, machine, dtb, keep=keep)
+        except NotRecognisedError:  # cut off before the kernel's end
+            continue
         if found is not None:
             yield found
 
@@ -212,8 +215,9 @@ def _pages(
 ) -> Addresses:  # fmt: skip
     """Where a top table may lie; `likely` keeps, by mode, the places in the file of what is like one."""
     if stage is _Stage.TOLD:
-        top = signs.top if signs.top is not None and signs.top >= 0 else None
-        place = place_in(physical, memory, top) if top is not None else None
+        place = None
+        if signs.top is not None and 0 <= signs.top < memory.size:
+            place = place_in(physical, memory, signs.top)
         place = guess.spec.dtb(dtb) if dtb is not None else place
         return np.array([] if place is None else [place], np.uint64)
     if signs.shift is None and guess.wide:
