@@ -10,7 +10,7 @@ from guests.opened import opened
 
 from engine.errors import NotFoundError
 from engine.memory import BytesMemory
-from engine.oslayer import Containers, KernelConfig, SystemFiles
+from engine.oslayer import Containers, KernelConfig, ProcFiles, SystemFiles
 from engine.oslayers.linux.clock import Timekeeper
 from engine.oslayers.linux.configuration import embedded
 
@@ -167,3 +167,18 @@ def test_only_what_unpacks_to_its_end_counts():
     for data in (bytes(damaged), torn, plain, b""):
         assert embedded(BytesMemory(data)) is None
     assert embedded(BytesMemory(plain + torn + bytes(damaged) + PACKED)) == CONFIG
+
+
+def test_every_file_that_is_listed_can_be_read_on_every_kernel(recording):
+    """Those without types too, of which less is known."""
+    layer = opened(recording)
+    files = layer.capability(SystemFiles)
+    assert files is not None
+    for name in files.names():
+        assert files.read(name).endswith(b"\n"), name
+    own = layer.process(recording.truth.keeper).capability(ProcFiles)
+    for name in own.names():
+        assert own.read(name), name
+    assert {"cmdline", "comm", "environ", "stat", "status"} <= set(own.names())
+    for name in ("sys/kernel/hostname", "sys/kernel/osrelease", "cmdline", "version"):
+        assert files.read(name) == recording.truth[f"/proc/{name}"]

@@ -61,6 +61,12 @@ class Kernel:
         types = self.profile.types
         return types is not None and all(types.struct(name) is not None for name in structures)
 
+    def tells(self, path: str) -> bool:
+        """Whether the kernel's types tell of a member: `mm_struct.total_vm`."""
+        name, _, member = path.partition(".")
+        layout = None if self.profile.types is None else self.profile.types.struct(name)
+        return layout is not None and member in layout
+
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it."""
         memory = self.found.memory

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 _NEEDED: dict[type, tuple[str, ...]] = {
     Sockets: ("file", "socket", "sock"),
     Containers: ("css_set", "cgroup", "kernfs_node"),
-    SystemFiles: ("pid_namespace",),
+    SystemFiles: ("task_struct",),
 }
 """What has to be known of a kernel for a capability."""
 

@@ -24,8 +24,14 @@ from engine.oslayers.linux.procstat import stat_text, statm_text
 from engine.oslayers.linux.procstatus import Status, limits_text
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 
-NAMES = ("auxv", "cgroup", "cmdline", "comm", "environ", "gid_map", "io", "limits", "mountinfo", "mounts",
-         "oom_score_adj", "stat", "statm", "status", "uid_map")  # fmt: skip
+NAMES = {
+    "auxv": "mm_struct.saved_auxv", "cgroup": "css_set.dfl_cgrp", "cmdline": "mm_struct.arg_start",
+    "comm": "task_struct.comm", "environ": "mm_struct.env_start", "gid_map": "user_namespace.gid_map",
+    "io": "task_struct.ioac", "limits": "signal_struct.rlim", "mountinfo": "mount.mnt_id", "mounts": "mount.mnt_id",
+    "oom_score_adj": "signal_struct.oom_score_adj", "stat": "task_struct.pid", "statm": "mm_struct.total_vm",
+    "status": "task_struct.pid", "uid_map": "user_namespace.uid_map",
+}  # fmt: skip
+"""The files, each with the member that has to be known of a kernel for it."""
 _COUNTS = ("rchar", "wchar", "syscr", "syscw", "read_bytes", "write_bytes", "cancelled_write_bytes")
 CLOSE_ON_EXEC = 0o2000000
 """O_CLOEXEC of all architectures but alpha, parisc and sparc (include/uapi/asm-generic/fcntl.h)."""
@@ -73,7 +79,7 @@ class LinuxProcFiles(ProcFiles):
 
     def names(self) -> tuple[str, ...]:
         """See `ProcFiles.names`."""
-        return NAMES
+        return tuple(name for name, member in NAMES.items() if self.kernel.tells(member))
 
     def read(self, name: str) -> bytes:
         """See `ProcFiles.read`. Raises NotFoundError where the memory that holds it cannot be read."""

@@ -26,6 +26,11 @@ FIXED = 11
 FS_REQUIRES_DEV = 1
 NANOSECONDS = 1_000_000_000
 MOST_PID = "sys/kernel/pid_max"
+NEEDED = {
+    "filesystems": "file_system_type.next", "loadavg": "pid_namespace.idr", "modules": "module.refcnt",
+    "mounts": "mount.mnt_id", "stat": "kernel_cpustat.cpustat",
+}  # fmt: skip
+"""File → the member that has to be known of a kernel for it."""
 
 
 class LinuxSystemFiles(SystemFiles):
@@ -60,7 +65,16 @@ class LinuxSystemFiles(SystemFiles):
         """See `SystemFiles.names`: those whose symbols this kernel tells."""
         profile = self.kernel.profile
         known = (name for name, (_, symbols) in self._made.items() if all(map(profile.symbol, symbols)))
-        return tuple(name for name in known if name != MOST_PID or self._knows_most_pid())
+        return tuple(name for name in known if self._is_told(name))
+
+    def _is_told(self, name: str) -> bool:
+        if name == MOST_PID:
+            return self._knows_most_pid()
+        if name == "uptime":
+            return self.system.clock() is not None
+        if name == "meminfo":
+            return self.kernel.types.enum("zone_stat_item") is not None
+        return name not in NEEDED or self.kernel.tells(NEEDED[name])
 
     def read(self, name: str) -> bytes:
         """See `SystemFiles.read`."""
