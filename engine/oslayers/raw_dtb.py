@@ -20,9 +20,11 @@ from engine.translate.maps import regions
 from engine.translate.mmu import Root
 from engine.translate.modes import roots_for
 from engine.translate.virtual import VirtualMemory
-from engine.types import OsInfo, PhysicalMap, ProcessInfo, Region
+from engine.types import OsInfo, PhysicalMap, ProcessInfo, Region, TargetHints
 
 PID = 1
+CR4_PAE, CR4_LA57 = 1 << 5, 1 << 12
+"""Which paging mode an x86 CPU uses (Intel SDM volume 3, 2.5)."""
 
 
 class RawDtbLayer(OsLayer):
@@ -46,7 +48,7 @@ class RawDtbLayer(OsLayer):
     def open(cls, base: Base, options: Options) -> Self:
         """Take the DTB. Raises NotRecognisedError without one, InvalidArgumentError, or where no table is there."""
         if "dtb" not in options:
-            raise NotRecognisedError("name the page table yourself: -o raw-dtb:dtb=ADDRESS,arch=MODE")
+            raise NotRecognisedError(f"name the page table yourself: -o {_advice(base.hints)}")
         if base.memory is None:
             raise InvalidArgumentError("raw-dtb stands on a connector: name one with -c")
         architecture = options.get("arch", "x86-64")
@@ -125,6 +127,19 @@ class AddressSpace(Process, PhysicalMaps):
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """See `PhysicalMaps.physical_maps`."""
         return self._memory.physical_maps()
+
+
+def _advice(hints: TargetHints) -> str:
+    """How to name the page table: the one that a CPU used, where a dump tells its registers."""
+    registers = next((each for each in hints.registers if "cr3" in each), None)
+    if hints.dtb is None or registers is None:
+        return "raw-dtb:dtb=ADDRESS,arch=MODE"
+    extensions = registers.get("cr4", 0)
+    if hints.architecture == "x86_64":
+        architecture = "x86-64-la57" if extensions & CR4_LA57 else "x86-64"
+    else:
+        architecture = "x86-pae" if extensions & CR4_PAE else "x86"
+    return f"raw-dtb:dtb={hints.dtb:#x},arch={architecture} is what a CPU of this dump used"
 
 
 def _is_there(memory: Memory, address: int) -> bool:

@@ -9,7 +9,7 @@ from engine.errors import InvalidArgumentError, NotRecognisedError, ProcessExite
 from engine.memory import BytesMemory
 from engine.oslayer import Base, PhysicalMaps
 from engine.oslayers.raw_dtb import RawDtbLayer
-from engine.types import Rights
+from engine.types import Rights, TargetHints
 
 DATA = bytes(image())
 
@@ -59,6 +59,17 @@ def test_there_is_no_other_process():
 def test_without_a_dtb_it_recognises_nothing_and_says_what_to_pass():
     with pytest.raises(NotRecognisedError, match="dtb=ADDRESS"):
         RawDtbLayer.open(Base(BytesMemory(DATA)), {})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cr4", "mode"),
+    [("x86_64", 0x750EB0, "x86-64"), ("x86_64", 0x751EB0, "x86-64-la57"), ("i386", 0x350ED0, "x86"),
+     ("i386", 0x350EF0, "x86-pae")],
+)  # fmt: skip
+def test_without_a_dtb_it_says_which_a_dumps_cpu_used(architecture, cr4, mode):
+    hints = TargetHints(architecture, 0x3074000, registers=({"cr3": 0x3074001, "cr4": cr4},))
+    with pytest.raises(NotRecognisedError, match=f"raw-dtb:dtb=0x3074000,arch={mode} is what a CPU of this dump used"):
+        RawDtbLayer.open(Base(BytesMemory(bytes(4096)), hints), {})
 
 
 @pytest.mark.parametrize(
