@@ -138,11 +138,11 @@ def test_capabilities_equal_the_guest_s_own(shaped):
             assert [line for line in found if line.startswith(key)] == [line for line in told if line.startswith(key)]
 
 
-def test_command_line_and_environment_equal_the_guest_s_own(shaped):
+def test_command_line_environment_and_auxiliary_vector_equal_the_guest_s_own(shaped):
     recording, layer = shaped
     for pid in recording.truth.pids:
         files = layer.process(pid).capability(ProcFiles)
-        for name in ("cmdline", "environ"):
+        for name in ("cmdline", "environ", "auxv"):
             if f"/proc/{pid}/{name}" in recording.truth:
                 assert files.read(name) == recording.truth[f"/proc/{pid}/{name}"], (pid, name)
 

@@ -2,8 +2,8 @@
 
     start_code … env_end   eleven words side by side, all inside user space, each start not behind its stop; in most
                            address spaces the arguments lie above the stack's start and the environment behind them
-    pgd                    page tables, different in every address space, that translate `arg_start`, and where user
-                           and kernel share a table are the kernel's own in its half
+    pgd                    page tables, different in every address space, that translate `arg_start`
+    saved_auxv             behind env_end: pairs of a small type and a value, the page's size among them, up to a zero
 
 Sources: Linux include/linux/mm_types.h, fs/exec.c, fs/binfmt_elf.c, kernel/sys.c (prctl_set_mm: a process may move
 its arguments elsewhere), releases 5.10 to 7.x.
@@ -19,10 +19,13 @@ from engine.errors import FaultError, FaultKind
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.shape.sample import Column, Sample, one
-from engine.oslayers.linux.shape.types import Members, number, pointer
+from engine.oslayers.linux.shape.types import Members, array, number, pointer
 from engine.translate.mmu import Walker
 
-MM_BYTES = 1024
+MM_BYTES = 1280
+AT_PAGESZ = 6
+VECTOR_PAIRS = 64
+"""More than any architecture's AT_VECTOR_SIZE, and than any type that is used (include/uapi/linux/auxvec.h)."""
 PLACES = (
     "start_code", "end_code", "start_data", "end_data", "start_brk", "brk", "start_stack",
     "arg_start", "arg_end", "env_start", "env_end",
@@ -48,7 +51,12 @@ def find_space(found: Found, memory: Memory, spaces: list[int]) -> Members:
         members: Members = {name: (first + place * word, number(word)) for place, name in enumerate(PLACES)}
         table = _tables(found, sample, members["arg_start"][0])
         if table is not None:
-            return {**members, "pgd": (table, pointer(sample.word))}
+            members["pgd"] = table, pointer(word)
+            auxiliary = members["env_end"][0] + word
+            length = _vector(sample, auxiliary, 1 << found.candidate.user.page_bits)
+            if length is not None:
+                members["saved_auxv"] = auxiliary, array(pointer(word), length)
+            return members
     return {}
 
 
@@ -75,6 +83,18 @@ def _places(sample: Sample) -> int | None:
     found = [index for index in sample.agreed(claim).tolist() if int(usual[:, index].sum()) * 2 > len(sample)]
     place = one(found)
     return None if place is None else place * sample.word
+
+
+def _vector(sample: Sample, start: int, page_size: int) -> int | None:
+    """Words of the longest auxiliary vector; None where these are none."""
+    pairs = np.zeros((len(sample), VECTOR_PAIRS, 2), np.uint64)
+    there = sample.words()[:, start // sample.word :][:, : 2 * VECTOR_PAIRS]
+    pairs.reshape(len(sample), -1)[:, : there.shape[1]] = there
+    kinds, values = pairs[:, :, 0], pairs[:, :, 1]
+    inside = np.cumsum(kinds == 0, axis=1) == 0
+    claim = ~inside[:, -1] & ((kinds < VECTOR_PAIRS) | ~inside).all(axis=1)
+    claim &= (inside & (kinds == AT_PAGESZ) & (values == np.uint64(page_size))).any(axis=1)
+    return 2 * int(inside.sum(axis=1)[claim].max() + 1) if sample.holds(claim) and claim.any() else None
 
 
 def _tables(found: Found, sample: Sample, arguments: int) -> int | None:
