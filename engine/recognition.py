@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.announced import announced
+
 log = logging.getLogger(__name__)
 
 HEAD_SIZE = 4096
@@ -82,10 +84,7 @@ SUFFIXES = {".vmem": "vmware"}
 
 def announced_formats() -> Iterator[Format]:
     """The formats of other distributions, by their entry points; one that is written wrongly is left out."""
-    # 20 ms to import, and only needed for what is not built in.
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group=GROUP):
+    for entry in announced(GROUP):
         try:
             connector, offset, magic = entry.name.rsplit(".", 2)
             made = Format(int(offset), bytes.fromhex(magic), f"a file for the connector {connector}", connector)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.announced import announced
 from engine.connector import Connector
 from engine.errors import PluginError
 from engine.oslayer import OsLayer
@@ -87,15 +88,8 @@ def _changed(path: str) -> int:
 @functools.lru_cache(maxsize=len(_GROUPS))
 def _entry_points(kind: Kind, where: tuple[tuple[str, int], ...]) -> tuple[Plugin, ...]:
     """Kept for as long as nothing is installed or removed `where` Python looks."""
-    # 20 ms to import, and only needed for what is not built in.
-    from importlib.metadata import entry_points
-
     del where
-    found = []
-    for entry in entry_points(group=_GROUPS[kind]):
-        brought_by = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
-        found.append(Plugin(entry.name, kind, entry.value, brought_by))
-    return tuple(found)
+    return tuple(Plugin(each.name, kind, each.value, each.distribution) for each in announced(_GROUPS[kind]))
 
 
 def plugins(kind: Kind) -> list[Plugin]:
