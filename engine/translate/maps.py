@@ -123,14 +123,22 @@ def seen(rights: Rights) -> Rights:
     return rights & (Rights.READ | Rights.WRITE) | (Rights.EXECUTE if rights & run else Rights.NONE)
 
 
-def mapped_extents(chunks: Iterable[Blocks], gap: int = 0) -> Iterator[Extent]:
-    """The mapped ranges of addresses, ascending; holes of at most `gap` bytes are passed over."""
+def mapped_extents(chunks: Iterable[Blocks], gap: int = 0, size: int = ADDRESS_SPACE) -> Iterator[Extent]:
+    """The mapped ranges of addresses, ascending; holes of at most `gap` bytes are passed over.
+
+    What is mapped from `size` on, behind the end of physical memory, counts as a hole.
+    """
     start = stop = -1
     for chunk in mapped(chunks):
-        stops = chunk.starts + chunk.sizes  # the last may wrap to 0: the one stop that is 2^64
-        distance = chunk.starts[1:] - stops[:-1]
+        starts, sizes = chunk.starts, chunk.sizes
+        if size < ADDRESS_SPACE and not (there := chunk.physical < np.uint64(size)).all():
+            starts, sizes = starts[there], sizes[there]
+            if not len(starts):
+                continue
+        stops = starts + sizes  # the last may wrap to 0: the one stop that is 2^64
+        distance = starts[1:] - stops[:-1]
         cuts = np.flatnonzero(distance > gap) + 1
-        begins = [int(chunk.starts[0]), *chunk.starts[cuts].tolist()]
+        begins = [int(starts[0]), *starts[cuts].tolist()]
         ends = [*stops[cuts - 1].tolist(), int(stops[-1]) or ADDRESS_SPACE]
         for begin, end in zip(begins, ends, strict=True):
             if stop >= 0 and begin - stop <= gap:

@@ -384,8 +384,9 @@ class VirtualMemory(Memory):
         return mapped_extents(self.translation_blocks(start, stop), gap)
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
-        """See `Memory.extents`: what is mapped."""
-        for extent in mapped_extents(self.translation_blocks(start, stop, buffer=EXTENT_BUFFER)):
+        """See `Memory.extents`: what is mapped to where physical memory has not ended."""
+        blocks = self.translation_blocks(start, stop, buffer=EXTENT_BUFFER)
+        for extent in mapped_extents(blocks, size=self.physical.size):
             first = max(start, extent.start)
             last = extent.stop if stop is None else min(stop, extent.stop)
             if first < last:

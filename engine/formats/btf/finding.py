@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import BadDataError, FaultError, NotFoundError, NotRecognisedError
+from engine.formats.btf.mending import mend
 from engine.formats.btf.records import HEADER_SIZE, Header, parse_header
 from engine.formats.btf.types import Btf
 from engine.formats.search import find_all
@@ -15,6 +16,8 @@ _MAGICS = (b"\x9f\xeb\x01\x00\x18\x00\x00\x00", b"\xeb\x9f\x01\x00\x00\x00\x00\x
 CANDIDATE_LIMIT = 4096
 """Blobs looked at; a kernel has one, and one for each of some hundred modules."""
 _TRIED_LIMIT = 64
+MENDED_LIMIT = 2
+"""Damaged blobs that are mended; modules' are too small to be a kernel's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Candidate:
     header: Header
     damaged: bool = False
     """Of what `load_btf` gave: whether its `check` raises."""
+    lost: int = 0
+    """Types that are gone with pages of it; the others have their numbers."""
 
 
 def find_btf(memory: Memory, start: int = 0, stop: int | None = None, *, alignment: int = 4) -> Iterator[Candidate]:
@@ -43,11 +48,13 @@ def load_btf(
 ) -> tuple[Btf, Candidate]:
     """The largest BTF in [start, stop) that is sound to its last byte and has `member` (`struct.path`).
 
-    Where only damaged ones have it, the largest whose types can at least be told apart: its `check` raises.
+    Where only damaged ones have it, the largest whose types can at least be told apart: its `check` raises; else one
+    whose damaged pages can be passed over.
     Raises NotFoundError where none has it.
     """
     damaged: tuple[Btf, Candidate] | None = None
     reasons: list[str] = []
+    broken: list[Candidate] = []
     for alignment in (4, 1):  # linkers ask for no alignment, yet all kernels seen have it
         begun = find_btf(memory, start, stop, alignment=alignment)
         found = [each for each in begun if alignment == 4 or each.address % 4]
@@ -61,10 +68,19 @@ def load_btf(
                 btf.check()
             except BadDataError as error:
                 reasons.append(f"at {candidate.address:#x}: {error}")
+                broken.append(candidate)
                 continue
             return btf, candidate
         if damaged is not None:
             return damaged
+    for candidate in sorted(broken, key=lambda each: -each.header.size)[:MENDED_LIMIT]:
+        try:
+            mended = mend(memory.read_padded(candidate.address, candidate.header.size))
+            btf = Btf(mended.data, starts=mended.starts)
+        except BadDataError:
+            continue
+        if _has(btf, member):
+            return btf, replace(candidate, damaged=True, lost=mended.lost)
     tried = "; ".join(reasons[:4]) if reasons else "nothing begins like it"
     raise NotFoundError(f"no BTF with {member} lies in this memory ({tried})")
 

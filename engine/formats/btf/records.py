@@ -111,6 +111,13 @@ def kinds_of(info: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return (info >> np.uint32(24)) & np.uint32(0x1F)
 
 
+def steps_of(info: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """How many words each type has, by its info word."""
+    kinds = kinds_of(info)
+    found: npt.NDArray[np.int32] = _PER_ROW[kinds] * (info & np.uint32(0xFFFF)).astype(np.int32) + _FIXED[kinds]
+    return found
+
+
 def type_starts(words: Words) -> npt.NDArray[np.int32]:
     """The index of the first word of every type, ascending.
 

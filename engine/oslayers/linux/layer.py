@@ -212,7 +212,7 @@ class LinuxLayer(OsLayer):
         elif kind in _NEEDED and self.kernel.knows(*_NEEDED[kind]):
             try:
                 found = self._of_processes(kind)
-            except NotRecognisedError:
+            except (NotRecognisedError, NotFoundError):
                 return None
         return found if isinstance(found, kind) else super().capability(kind)
 

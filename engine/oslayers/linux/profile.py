@@ -133,6 +133,8 @@ def _read(profile: Profile, image: Memory) -> Candidate | None:
             profile.notes.append(f"no exported symbols: {error}")
     try:
         profile.types, place = _types(profile, image)
+        if place.lost:
+            profile.notes.append(f"{place.lost} types are lost with damaged pages: what needs them is not shown")
     except EngineError as error:
         profile.notes.append(f"no types: {error}")
         return None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.errors import BadDataError, EngineError, NotRecognisedError
 from engine.formats.btf import Btf, load_btf
+from engine.formats.btf.mending import mend
 from engine.memory import BytesMemory
 
 NASTY = st.sampled_from([0, 1, 2, 0x7F, 0xFFFF, 0x00FFFFFF, 0x7FFFFFFF, 0x80000000, 0x0400FFFF, 0x8400FFFF, 0xFFFFFFFF])
@@ -91,3 +92,20 @@ def test_loading_from_a_mutated_memory_gives_types_or_an_engine_error(blob, muta
     with contextlib.suppress(EngineError):
         btf, _ = load_btf(memory, member="outer.comm")
         assert btf.require("outer")["comm"].size >= 0
+
+
+@settings(max_examples=100)
+@given(mutations=MUTATIONS, gap=st.integers(0, 300))
+def test_mending_a_mutated_blob_gives_types_or_bad_data(blob, mutations, gap):
+    damaged = bytearray(mutated(blob, mutations))
+    damaged[200 : 200 + gap] = bytes(gap)
+    try:
+        mended = mend(bytes(damaged))
+    except (BadDataError, NotRecognisedError):
+        return
+    ask_everything(mended.data)
+    with contextlib.suppress(BadDataError):
+        btf = Btf(mended.data, starts=mended.starts)
+        for _, name in btf.names():
+            with contextlib.suppress(BadDataError):
+                btf.struct(name)
