@@ -187,6 +187,13 @@ class MappedMemory(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
+        whole = self._scalar(address, len(buffer))
+        if whole is not None:
+            try:
+                self.source.readinto(whole, buffer)
+            except FaultError as error:
+                raise error.moved(address - whole) from None
+            return
         for offset, real, step in self._pieces(address, len(buffer)):
             try:
                 self.source.readinto(real, buffer[offset : offset + step])
@@ -320,7 +327,7 @@ class MappedMemory(Memory):
         return kept[1]
 
     def _scalar(self, address: int, size: int) -> int | None:
-        """The source address of a word that lies within one range."""
+        """The source address of what lies within one range."""
         index = bisect.bisect_right(self._bases, address) - 1
         if index < 0 or address + size > self._ranges[index].stop:
             return None
