@@ -48,13 +48,13 @@ class LinuxConfig(KernelConfig):
         return next((found for memory in self._places() if (found := embedded(memory)) is not None), None)
 
     def _places(self) -> Iterator[Memory]:
-        image, kallsyms = self.kernel.found.image, self.kernel.profile.kallsyms
+        image, kallsyms, memory = self.kernel.found.image, self.kernel.profile.kallsyms, self.kernel.found.memory
         if kallsyms is None or kallsyms.first(READER) is not None:
-            yield self.kernel.found.memory.window(image.start, image.size)
+            yield memory.window(image.start, image.size)
         try:
             for module in kernel_modules(self.kernel):
-                if module.name == MODULE and module.memory is not None:
-                    yield module.memory
+                if module.name == MODULE:
+                    yield from (memory.window(part.base, part.size) for part in module.parts)
         except EngineError:
             return
 

@@ -48,6 +48,8 @@ class MemoryCounts:
     def _lines(self) -> list[tuple[str, int | None]]:
         free, buffers = self.zone("NR_FREE_PAGES"), self.buffers()
         files, swapped = self.node("NR_FILE_PAGES"), self.node("NR_SWAPCACHE")
+        if swapped is None and self.number("total_swap_pages") != 0:  # counted elsewhere before 5.12
+            files = None
         cached = None if None in (files, buffers) else max(0, (files or 0) - (swapped or 0) - (buffers or 0))
         reclaimable = self.node("NR_SLAB_RECLAIMABLE_B", "NR_SLAB_RECLAIMABLE")
         fixed = self.node("NR_SLAB_UNRECLAIMABLE_B", "NR_SLAB_UNRECLAIMABLE")
