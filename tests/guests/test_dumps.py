@@ -15,7 +15,8 @@ from engine.connector import Connector
 from engine.errors import FaultKind
 from engine.machine import Machine
 from engine.memory import Memory
-from engine.oslayer import KernelLog, OsLayer
+from engine.oslayer import Base, KernelLog, OsLayer
+from engine.oslayers.raw_dtb import RawDtbLayer
 from engine.targets import image_link, open_target
 
 PAGE = 4096
@@ -157,6 +158,15 @@ def named(word: str) -> str:
     if word in FLAGS:
         return "eflags"
     return re.sub(r"^x0+(?=\d)", "x", word.rpartition("/")[2].lower())
+
+
+@pytest.mark.parametrize("name", ["elf", "kdump"])
+def test_the_page_table_of_a_dumps_cpu_leads_to_where_it_stood(dumps, opened, name):
+    """It was stopped in the loop in which our program waits: `jmp .`, whose bytes are eb fe."""
+    connector, _ = opened(getattr(dumps, name))
+    hints = connector.hints()
+    layer = RawDtbLayer.open(Base(connector.memory, hints), {"dtb": hex(hints.dtb or 0), "arch": "x86-64"})
+    assert layer.process(1).memory.read(hints.registers[0]["rip"], 2) == b"\xeb\xfe"
 
 
 @pytest.mark.parametrize("name", PACKED)
