@@ -22,7 +22,7 @@ from cloudfs.render import log_lines, maps_line
 from engine.errors import EngineError, InvalidArgumentError
 from engine.file_memory import FileMemory
 from engine.formats.vmcoreinfo import find_vmcoreinfo
-from engine.oslayer import Base, KernelLog, Symbols
+from engine.oslayer import Base, KernelLog, Sockets, Symbols
 from engine.oslayers.linux import LinuxLayer
 
 ROBBED_OF = {
@@ -123,6 +123,13 @@ def test_its_modules_are_those_of_the_guest_where_it_has_types(robbed):
     if robbed.typed:
         expected = [line.split()[0] for line in robbed.recording.truth.text("/proc/modules").splitlines()]
         assert [module.name for module in robbed.layer.modules()] == expected
+
+
+def test_its_netlink_sockets_are_those_of_the_guest_where_it_has_types(robbed):
+    if robbed.typed:
+        lines = [line.split() for line in robbed.recording.truth.text("/proc/net/netlink").splitlines()[1:]]
+        found = robbed.layer.capability(Sockets).sockets()
+        assert {one.inode for one in found if one.family == "netlink"} == {int(line[9]) for line in lines}
 
 
 def test_what_is_gone_is_said(robbed):

@@ -28,7 +28,7 @@ class NetlinkTable:
         """Raises NotFoundError where the kernel's types or symbols lack what this needs."""
         self.objects = objects
         self.start = kernel.profile.require("nl_table")
-        self.first_namespace = kernel.profile.symbol("init_net")
+        self.first_namespace = kernel.profile.symbol("init_net") or _of_idle_task(kernel, objects)
         self.table, self.buckets = objects.struct("netlink_table"), objects.struct("bucket_table")
         self.socket, self.sock = objects.struct("netlink_sock"), objects.struct("sock")
         self.node = self.socket["node"]
@@ -90,6 +90,16 @@ class NetlinkTable:
         both = objects.struct("socket_alloc")
         start = socket - both["socket"].offset + both["vfs_inode"].offset
         return objects.value(start, objects.struct("inode")["i_ino"])
+
+
+def _of_idle_task(kernel: Kernel, objects: Objects) -> int | None:
+    """The network namespace that began with the kernel: the idle task's; None where it cannot be read."""
+    try:
+        member = objects.struct("task_struct")["nsproxy"]
+        proxy = objects.pointer(kernel.profile.require("init_task") + member.offset)
+        return objects.pointer(proxy + objects.struct("nsproxy")["net_ns"].offset)
+    except (FaultError, NotFoundError):
+        return None
 
 
 def netlink_table(kernel: Kernel, objects: Objects) -> NetlinkTable | None:
