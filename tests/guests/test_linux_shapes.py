@@ -120,6 +120,14 @@ def test_parents_names_users_threads_states_and_times_equal_the_guest_s_own(shap
             assert info.state == status["State"][0], pid
 
 
+def test_process_groups_and_sessions_equal_the_guest_s_own(shaped):
+    recording, layer = shaped
+    for pid in recording.truth.pids:
+        told = recording.truth[f"/proc/{pid}/stat"].rsplit(b")", 1)[1].split()
+        found = layer.process(pid).capability(ProcFiles).read("stat").rsplit(b")", 1)[1].split()
+        assert found[2:4] == told[2:4], pid
+
+
 def test_names_of_threads_equal_the_guest_s_own(shaped):
     recording, layer = shaped
     pid = recording.truth.keeper
@@ -134,7 +142,7 @@ def test_capabilities_equal_the_guest_s_own(shaped):
     for pid in recording.truth.pids:
         told = recording.truth.text(f"/proc/{pid}/status").splitlines()
         found = layer.process(pid).capability(ProcFiles).read("status").decode("utf-8", "surrogateescape").splitlines()
-        for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "Uid", "Gid"):
+        for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "Uid", "Gid", "NSpid", "NSsid"):
             assert [line for line in found if line.startswith(key)] == [line for line in told if line.startswith(key)]
 
 

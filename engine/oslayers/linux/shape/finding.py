@@ -9,6 +9,7 @@ import numpy as np
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.shape.cred import find_cred
+from engine.oslayers.linux.shape.pids import find_groups, find_pids
 from engine.oslayers.linux.shape.ring import ROWS, TASK_BYTES, Ring, find_ring
 from engine.oslayers.linux.shape.sample import Sample
 from engine.oslayers.linux.shape.spaces import find_space
@@ -47,6 +48,7 @@ def find_shapes(found: Found, init_task: int) -> Shapes | None:
     for members, search in _searches(found, memory).items():
         for name, others in _ask(columns, members, search).items():
             shapes.add(name, others)
+    _add_groups(shapes, columns, memory)
     shapes.add("task_struct", columns.members)
     return shapes
 
@@ -74,6 +76,7 @@ def _searches(found: Found, memory: Memory) -> dict[str, Search]:
     return {
         "real_parent": lambda columns: find_parents(columns, memory),
         "signal": lambda columns: find_threads(columns, memory),
+        "thread_pid": lambda columns: find_pids(columns, memory),
         "real_cred": lambda columns: find_cred(columns, memory),
         "mm": lambda columns: _find_mm(found, memory, columns),
         "flags": find_flags,
@@ -81,6 +84,15 @@ def _searches(found: Found, memory: Memory) -> dict[str, Search]:
         "exit_state": find_exit,
         "start_boottime": find_start,
     }
+
+
+def _add_groups(shapes: Shapes, columns: TaskColumns, memory: Memory) -> None:
+    """Process groups and sessions, where `struct pid` and `signal_struct` are known."""
+    pid, signal = shapes.struct("pid"), shapes.struct("signal_struct")
+    if pid is not None and signal is not None:
+        groups = find_groups(columns, memory, pid["numbers"].offset)
+        known = {member.name: (member.offset, member.type) for member in signal}
+        shapes.add("signal_struct", {**known, **groups})
 
 
 def _find_mm(found: Found, memory: Memory, columns: TaskColumns) -> dict[str, Members]:
