@@ -11,6 +11,7 @@ library cramjam: pip install 'cloudfs[dumps]'. It is never written to.
 from __future__ import annotations
 
 import glob
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,7 @@ _ARCHITECTURES = {"i486": "i386", "i586": "i386", "i686": "i386", "armv6l": "arm
 """uname(2)'s name of the machine, where it is not that of its ELF files."""
 _UNKNOWN = ("", "Unknown")
 """What the header says instead: QEMU writes the second for all machines but x86."""
+_U64 = struct.Struct("<Q").unpack_from
 _BREAK, _FOLLOWS, _SAME = 0, 1, 2
 
 
@@ -205,6 +207,14 @@ class KdumpMemory(Memory):
                     used[used] = ~self.table.is_zero(self.table.descriptors(pfns[used])[0])
                 edges = np.flatnonzero(np.diff(used.astype(np.int8), prepend=0, append=0)) + piece
                 yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        offset = address & self._mask
+        if offset > self.page_size - 8:
+            return super().u64(address)
+        page = self._page(address)
+        return int(_U64(page, offset)[0])
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`: each page is unpacked once, plain ones are read out of the file as columns."""

@@ -52,6 +52,7 @@ class PageTable:
         self._firsts = np.array([part.first for part in parts], np.uint64)
         self._stops = np.array([part.stop for part in parts], np.uint64)
         self._bases = np.array([part.base for part in parts], np.uint64)
+        self._whole = len(parts) == 1 and not parts[0].first and parts[0].stop >= dumped.count
         ranks = [dumped.rank(part.first) for part in parts]
         # The descriptor of the first page of a part is the first in its file: what comes before it is in others.
         starts = [
@@ -66,7 +67,7 @@ class PageTable:
     def holds(self, pfns: Pfns) -> npt.NDArray[np.bool_]:
         """Whether each page was dumped, into one of the parts that are there."""
         there = self.dumped.has(pfns)
-        if len(self._firsts) == 1 and not self._firsts[0] and self._stops[0] >= self.dumped.count:
+        if self._whole:
             return there
         index = np.searchsorted(self._firsts, pfns, "right") - 1
         found: npt.NDArray[np.bool_] = there & (index >= 0) & (pfns < self._stops[index])
@@ -74,7 +75,7 @@ class PageTable:
 
     def holds_one(self, pfn: int) -> bool:
         """Whether a page was dumped, into one of the parts that are there."""
-        return self.dumped[pfn] and bool(self.holds(np.array([pfn], np.uint64))[0])
+        return self.dumped[pfn] and (self._whole or bool(self.holds(np.array([pfn], np.uint64))[0]))
 
     def descriptors(self, pfns: Pfns) -> tuple[Pfns, Pfns, Pfns]:
         """Place, size and flags of pages that it `holds`, place and size 0 where the file is cut."""
