@@ -80,7 +80,9 @@ def unprivileged(*words: str, limit: float = LIMIT) -> subprocess.CompletedProce
         "names = cli.command_names(); [cli.load_command(name) for name in names]; cli.command_names = lambda: names\n"
         "main(['ps']); main(['info', str(os.getpid())]); main(['maps', str(os.getpid())]); main(['plugins'])\n"
         "main(['read', 'dummy', 'physical', '0', '16']); sys.stdout = out\n"
-        "if sys.argv[1] == 'mount': import queue, cloudfs.mount, cloudfs.nodes.root\n"
+        "if sys.argv[1] == 'mount':\n"
+        "    import importlib, queue, cloudfs.mount, cloudfs.nodes.root\n"
+        "    for name in cloudfs.nodes.ENTRY_MODULES: importlib.import_module(f'cloudfs.nodes.{name}')\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main(sys.argv[1:]))"
     )
