@@ -59,7 +59,9 @@ address space, 4 done but part of it could not be read (standard error says what
 examples:
   cloudfs ps                              the processes of this machine
   cloudfs maps -p sshd                    what is mapped into the only process called sshd
-  cloudfs info memory.raw                 what an image is
+  cloudfs info memory.img                 what an image is
+  cloudfs ps memory.img                   the processes of the Linux machine in it
+  cloudfs ps -c qemu:web-01               those of a guest that runs here
   cloudfs mount --daemon /tmp/machine     this machine as files
 """
 
