@@ -22,6 +22,7 @@ NANOSECONDS = 1_000_000_000
 ATTEMPTS = 8
 """A timekeeper is written to with its sequence odd; so soon does nobody meet that again."""
 _NAME_LIMIT = 64
+_CHUNK = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,22 @@ class Timekeeper:
 
     def _by_shape(self, objects: Objects) -> int:
         """The first of what looks like one. Raises NotFoundError."""
-        image, word = self.kernel.found.image, objects.word
-        words = np.frombuffer(self.kernel.found.memory.read_padded(image.start, image.size // 8 * 8), "<i8")
+        image = self.kernel.found.image
+        for start in range(image.start, image.stop, _CHUNK) if objects.word == 8 else ():
+            size = min(_CHUNK + self.layout.size, image.stop - start) // 8 * 8
+            words = np.frombuffer(self.kernel.found.memory.read_padded(start, size), "<i8")
+            for row in self._rows_like_clocks(words):
+                if self._is_clock(objects, start + row * 8):
+                    return start + row * 8
+        raise NotFoundError("the kernel's clock was not found")
+
+    def _rows_like_clocks(self, words: npt.NDArray[np.int64]) -> list[int]:
+        """Where a timekeeper could begin among words of the image: its times agree, its readers share a source."""
         seconds, base, real, first, second = (
             self.layout[name].offset // 8
             for name in ("xtime_sec", "tkr_mono.base", "offs_real", "tkr_mono.clock", "tkr_raw.clock")
         )
-        count = len(words) - self.layout.size // 8
-        if count <= 0 or word != 8:
-            raise NotFoundError("the kernel's image is too small to hold a clock")
+        count = max(0, len(words) - self.layout.size // 8)
 
         def column(offset: int) -> npt.NDArray[np.int64]:
             return words[offset : offset + count]
@@ -76,11 +84,8 @@ class Timekeeper:
         with np.errstate(over="ignore"):
             told = column(seconds) * NANOSECONDS == column(base) + column(real)
         alike = (column(first) == column(second)) & (column(first) < 0) & (column(seconds) > 0)
-        for index in np.flatnonzero(told & alike).tolist():
-            address = image.start + index * 8
-            if self._is_clock(objects, address):
-                return int(address)
-        raise NotFoundError("the kernel's clock was not found")
+        found: list[int] = np.flatnonzero(told & alike).tolist()
+        return found
 
     def _is_clock(self, objects: Objects, address: int) -> bool:
         try:

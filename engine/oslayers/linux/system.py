@@ -32,6 +32,7 @@ class System:
         self._asked_for_clock = False
         self._clock: Clock | None = None
         self._banner: str | None = None
+        self._command_line: str | None = None
 
     def names(self) -> dict[str, str]:
         """The fields of uname(2) in the first namespace of names; those that cannot be read are missing."""
@@ -66,6 +67,11 @@ class System:
 
     def command_line(self) -> str | None:
         """What the kernel was started with; None where it does not tell."""
+        if self._command_line is None:
+            self._command_line = self._read_command_line()
+        return self._command_line
+
+    def _read_command_line(self) -> str | None:
         address = self.kernel.profile.symbol("saved_command_line")
         if address is not None:
             try:
