@@ -401,3 +401,25 @@ def test_a_domain_of_libvirt_is_told_by_libvirt_and_paused_by_it(opened, tmp_pat
         assert connector.hints().registers
     finally:
         virsh("destroy", name)
+
+
+def test_a_guest_whose_memory_is_encrypted_is_refused_in_one_sentence(opened):
+    code = "import sys; print('on', flush=True); sys.stdin.read()"
+    words = ["-name", "secretive", "-object", "sev-snp-guest,id=s", "-machine", "q35,confidential-guest-support=s"]
+    with subprocess.Popen(
+        ["qemu-system-x86_64", "-c", code, *words], executable=sys.executable, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as pretender:  # fmt: skip
+        try:
+            pretender.stdout.readline()
+            with pytest.raises(UnsupportedError, match=r"secretive \(pid \d+\) is encrypted \(SEV-SNP\)"):
+                opened("secretive")
+        finally:
+            pretender.kill()
+
+
+def test_a_reset_of_the_guest_leaves_its_memory_open(start, opened):
+    living = start("memfd")
+    memory = opened(living).memory
+    living.ask("system_reset")
+    wait_until(lambda: b"SeaBIOS" in memory.read(0xF0000, 0x10000), what="the BIOS")
