@@ -220,6 +220,8 @@ class TypeSource(ABC):
     order: str = "<"
     """`<` or `>`: the byte order of the target's words."""
     pointer_size: int = 8
+    whole: bool = True
+    """Whether a member that is not told does not exist; false where only some could be found out."""
 
     @abstractmethod
     def struct(self, *names: str) -> StructLayout | None:

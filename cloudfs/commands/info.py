@@ -69,6 +69,8 @@ def _process_record(process: Process) -> tuple[dict[str, Any], str | None]:
     try:
         regions = list(process.regions())
         record["regions"] = len(regions)
+        if any(region.source is not None for region in regions):
+            return record, None  # of pages in memory alone: what is mapped beside them, and what of it, is not known
         record["mapped_bytes"] = sum(region.size for region in regions)
         record["modules"] = sum(1 for _ in process.modules())
     except AccessDeniedError as error:

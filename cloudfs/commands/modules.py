@@ -9,6 +9,7 @@ from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
 from cloudfs.commands._opening import opened, process_of, words_of
 from cloudfs.commands._output import Output
 from cloudfs.render import Column, module_record
+from engine.errors import UnsupportedError
 
 EXAMPLES = """\
   cloudfs modules                       the kernel modules of this machine
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
             rows = [module_record(module.info) for module in target.layer.modules()]
         else:
             with process_of(target, words.process) as process:
+                if any(region.source is not None for region in process.regions()):
+                    raise UnsupportedError(f"which files are mapped into a process of {target.name} is not known")
                 rows = [module_record(module.info) for module in process.modules()]
         if output.json:
             output.document(rows)

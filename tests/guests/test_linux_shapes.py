@@ -233,6 +233,15 @@ def test_what_is_not_known_is_refused_and_never_empty(shaped):
         files.descriptors()
 
 
+def test_status_has_no_line_that_is_not_so(shaped):
+    """All that it says the guest said too, but for what goes on changing."""
+    recording, layer = shaped
+    for pid in recording.truth.pids:
+        told = recording.truth.text(f"/proc/{pid}/status").splitlines()
+        for line in layer.process(pid).capability(ProcFiles).read("status").decode(errors="replace").splitlines():
+            assert line in told or line.startswith(("Name:", "State:")), (pid, line)
+
+
 def test_shapes_are_where_btf_says(with_btf):
     """Every member that is proved stands where the kernel's own types have it."""
     layer = open_image(with_btf.image)

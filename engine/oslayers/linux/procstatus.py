@@ -72,8 +72,10 @@ class Status:
         yield "FDSize", self._table_size()
         yield "Groups", self._groups()
 
-    def _numa_group(self) -> int:
-        """0 without one."""
+    def _numa_group(self) -> int | None:
+        """0 without one; None where the types do not tell all members."""
+        if not self.fields.objects.types.whole and not self.fields.has("task", "numa_group"):
+            return None
         group = self._number("task", "numa_group")
         layout = self.fields.objects.types.struct("numa_group")
         try:
@@ -95,6 +97,8 @@ class Status:
 
     def _table_size(self) -> int | None:
         table, layout = self._number("files", "fdt"), self.fields.objects.types.struct("fdtable")
+        if layout is None:
+            return None
         if self.fields.address("files") is None:
             return 0
         try:
@@ -153,7 +157,7 @@ class Status:
         now = None if None in kinds.values() else sum(kinds[key] or 0 for key in ("File", "Anon", "Shmem"))
         peaks = self._number("mm", "hiwater_vm"), self._number("mm", "hiwater_rss")
         executable = self._number("mm", "exec_vm")
-        code = min(code, (executable or 0) * self.page)
+        code = 0 if executable is None else min(code, executable * self.page)
         yield "VmPeak", size(None if None in (total, peaks[0]) else max(total or 0, peaks[0] or 0))
         yield "VmSize", size(total)
         yield "VmLck", size(self._number("mm", "locked_vm"))
@@ -165,7 +169,7 @@ class Status:
         yield "RssShmem", size(kinds["Shmem"])
         yield "VmData", size(self._number("mm", "data_vm"))
         yield "VmStk", size(self._number("mm", "stack_vm"))
-        yield "VmExe", f"{code >> 10:8d} kB"
+        yield "VmExe", None if executable is None else f"{code >> 10:8d} kB"
         yield "VmLib", None if executable is None else f"{(executable * self.page - code) >> 10:8d} kB"
         tables = self._number("mm", "pgtables_bytes.counter")
         yield "VmPTE", None if tables is None else f"{tables >> 10:8d} kB"

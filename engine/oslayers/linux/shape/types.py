@@ -13,6 +13,8 @@ Members = dict[str, tuple[int, DataType]]
 class Shapes(TypeSource):
     """Structures by name. A member that was not proved is absent, and a structure of which nothing is known too."""
 
+    whole = False
+
     def __init__(self, pointer_size: int) -> None:
         self.pointer_size = pointer_size
         self._structs: dict[str, StructLayout] = {}
