@@ -99,7 +99,8 @@ class LinuxLayer(OsLayer):
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
         given = _given(options.get("symbols"))
         dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
-        found = find_kernel(base.memory, _texts(base, base.memory), keep=not base.live, dtb=dtb, slide=slide)
+        texts, registers = _texts(base, base.memory), base.hints.registers
+        found = find_kernel(base.memory, texts, keep=not base.live, dtb=dtb, slide=slide, registers=registers)
         if isinstance(found, Recognised):
             return cls(base, found)
         cache = truth("cache", options.get("cache", "yes"))

@@ -5,18 +5,19 @@ What a person gives (`dtb=`, `kaslr=`) narrows the search; it is never needed, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from engine.errors import InvalidArgumentError, NotRecognisedError
+from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayers.linux.architectures import LINKED_AT, family
 from engine.oslayers.linux.claims import leads
-from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.unaided import unaided
+from engine.translate.modes import roots_of
+from engine.translate.virtual import VirtualMemory
 
 ALIGNMENT = 2 << 20
 """KASLR moves kernels by multiples of this, or of less on 32-bit x86 (CONFIG_PHYSICAL_ALIGN)."""
@@ -49,24 +50,39 @@ class _Remembered(Iterable[Vmcoreinfo]):
 
 
 def find_kernel(
-    memory: Memory, texts: Iterable[Vmcoreinfo], *, keep: bool, dtb: int | None = None, slide: int | None = None
+    memory: Memory,
+    texts: Iterable[Vmcoreinfo],
+    *,
+    keep: bool,
+    dtb: int | None = None,
+    slide: int | None = None,
+    registers: Sequence[Mapping[str, int]] = (),
 ) -> Found | Recognised:
-    """The first kernel that proves itself, and fits what was given: a top page table, how far KASLR has moved it.
+    """The kernel that proves itself, and fits what was given: a top page table, how far KASLR has moved it.
 
+    Where more than one does (a machine that was booted again keeps much of the kernel before) the one is right that
+    a processor with these registers is in; the first, where none tells.
     Raises InvalidArgumentError where kernels are there, but none that fits; NotRecognisedError, saying what was found
     and why that was not enough, where there is none.
     """
     texts = _Remembered(texts)
     others = []
-    for found in _kernels(memory, texts, keep, dtb):
-        if slide is None or slide in slides(found):
-            return found
-        moved = " or ".join(map(hex, slides(found)))
-        others.append(f"Linux {found.release} is moved by {moved or 'nobody knows how much'}")
+    for kernels in (described(memory, texts, keep=keep, dtb=dtb), unaided(memory, keep=keep, dtb=dtb)):
+        first = None
+        for found in kernels:
+            if slide is not None and slide not in slides(found):
+                moved = " or ".join(map(hex, slides(found)))
+                others.append(f"Linux {found.release} is moved by {moved or 'nobody knows how much'}")
+                continue
+            first = first or found
+            if not registers or runs(found, registers):
+                return found
+        if first is not None:
+            return first
     if others:
-        raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(others)}")
+        raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(dict.fromkeys(others))}")
     if dtb is not None:
-        without = next(_kernels(memory, texts, keep, None), None)
+        without = next(chain(described(memory, texts, keep=keep), unaided(memory, keep=keep)), None)
         if without is not None:
             right = f"its own is {without.candidate.dtb:#x} ({without.candidate.spec.name})"
             raise InvalidArgumentError(f"dtb={dtb:#x} is no page table of the Linux {without.release} here: {right}")
@@ -76,12 +92,17 @@ def find_kernel(
     raise NotRecognisedError(_why_not(memory, texts))
 
 
-def _kernels(memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None) -> Iterator[Found]:
-    return chain(
-        described(memory, texts, keep=keep, dtb=dtb),
-        concatenated(memory, keep=keep, dtb=dtb),
-        unaided(memory, keep=keep, dtb=dtb),
-    )
+def runs(found: Found, registers: Sequence[Mapping[str, int]]) -> bool:
+    """Whether a processor is in an address space in which this kernel's image lies where it lies."""
+    start = found.image.start
+    for one in registers:
+        try:
+            space = VirtualMemory(found.physical, roots_of(found.machine, one))
+            if space.virt_to_phys(start) == found.memory.virt_to_phys(start):
+                return True
+        except (InvalidArgumentError, FaultError):
+            continue
+    return False
 
 
 def slides(found: Found) -> list[int]:
