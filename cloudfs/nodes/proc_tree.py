@@ -166,7 +166,7 @@ class ProcProcess(_OfProcess):
 
     def children(self) -> Iterator[tuple[str, Node]]:
         """See `Directory.children`."""
-        for name in (*self._own().names(), "maps", *LINKS, "fd", "fdinfo", "net", "task"):
+        for name in (*self._names(), "maps", *LINKS, "fd", "fdinfo", "net", "task"):
             node = self.child(name)
             if node is not None:
                 yield name, node
@@ -174,17 +174,24 @@ class ProcProcess(_OfProcess):
     def child(self, name: str) -> Node | None:
         """See `Directory.child`."""
         process = self.context
-        if name in LINKS:
-            return ProcLink(process, name)
         if name == "maps":
             return _text(process, "proc/maps", lambda: maps_text(process.process().regions()))
+        if process.capability(ProcFiles) is None:
+            return None
+        if name in LINKS:
+            return ProcLink(process, name)
         if name in ("fd", "fdinfo"):
             return ProcDescriptors(process, name)
         if name == "task":
             return ProcThreads(process)
         if name == "net":
-            return ContextLink(process, "proc/net", "../net")
-        return _text(process, f"proc/{name}", lambda: self._own().read(name)) if name in self._own().names() else None
+            there = process.check().layer.capability(Sockets) is not None
+            return ContextLink(process, "proc/net", "../net") if there else None
+        return _text(process, f"proc/{name}", lambda: self._own().read(name)) if name in self._names() else None
+
+    def _names(self) -> tuple[str, ...]:
+        files = self.context.capability(ProcFiles)
+        return () if files is None else files.names()
 
 
 class ProcLink(ContextLink):

@@ -53,7 +53,7 @@ from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
 from engine.oslayers.linux.sysfiles import LinuxSystemFiles
 from engine.oslayers.linux.system import System
-from engine.oslayers.linux.tasks import Tasks
+from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
 
@@ -219,10 +219,14 @@ class LinuxLayer(OsLayer):
 
     def _of_processes(self, kind: type[C]) -> object:
         """What needs the list of processes. Raises NotRecognisedError where there is none."""
+
+        def records() -> list[TaskRecord]:
+            return [one.record for one in self._list().values()]
+
         if issubclass(Sockets, kind):
-            return LinuxSockets(self.kernel, self.tasks, [one.record for one in self._list().values()])
+            return LinuxSockets(self.kernel, self.tasks, records)
         if issubclass(Containers, kind):
-            return LinuxContainers(self.kernel, self.tasks, lambda: [one.record for one in self._list().values()])
+            return LinuxContainers(self.kernel, self.tasks, records)
         return LinuxSystemFiles(self.kernel, self.system, self.tasks, self._thread_count)
 
     def _thread_count(self) -> int:

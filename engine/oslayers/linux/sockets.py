@@ -7,7 +7,7 @@ include/linux/{net,socket}.h; releases 5.10 to 7.x.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.errors import FaultError, NotFoundError
@@ -41,7 +41,7 @@ UNIX_PATH_LIMIT = 110
 class LinuxSockets(Sockets):
     """The sockets that the processes of a kernel have open."""
 
-    def __init__(self, kernel: Kernel, tasks: Tasks, records: list[TaskRecord]) -> None:
+    def __init__(self, kernel: Kernel, tasks: Tasks, records: Callable[[], list[TaskRecord]]) -> None:
         self.kernel = kernel
         self.tasks = tasks
         self.records = records
@@ -49,7 +49,7 @@ class LinuxSockets(Sockets):
     def sockets(self) -> Iterator[SocketInfo]:
         """See `Sockets.sockets`."""
         reader = SocketReader(self.kernel, self.tasks)
-        for record in sorted(self.records, key=lambda one: one.pid):
+        for record in sorted(self.records(), key=lambda one: one.pid):
             yield from reader.of(record)
         yield from reader.of_kernel()
 
