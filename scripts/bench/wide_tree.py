@@ -14,7 +14,7 @@ import sys
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
-from cloudfs.mount import MountOptions, mount
+from cloudfs import shim
 from cloudfs.node import Attributes, Directory, File, Node, OpenFile
 from engine.errors import EngineError
 
@@ -102,6 +102,9 @@ def main() -> int:
     parser.add_argument("--entries", type=int, required=True)
     parser.add_argument("mountpoint", type=Path)
     arguments = parser.parse_args()
+    shim.load(wanted=True)  # before pyfuse3 is imported, as the command does
+    from cloudfs.mount import MountOptions, mount
+
     try:
         mount(Root(Many(arguments.entries)), arguments.mountpoint, MountOptions(fast_loop=not arguments.stock_loop))
     except EngineError as error:
