@@ -275,7 +275,7 @@ def test_a_damaged_or_cut_off_image_says_what_it_still_tells_in_bounded_time(dam
         assert layer.info.version == damage.recording.truth.text("/proc/sys/kernel/osrelease").strip()
         log = layer.capability(KernelLog)
         assert log is None or list(log.records())
-        assert layer.pids()
+        assert layer.pids() or layer.info.skipped
     except EngineError as error:
         said = str(error)
     assert "\n" not in said
