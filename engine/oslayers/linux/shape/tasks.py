@@ -4,11 +4,14 @@
     real_parent, parent   tasks side by side, from each of which one comes to the idle task
     group_leader          behind them and two lists, the task itself: all are leaders here
     mm, active_mm         side by side, null or equal; null of some (threads of the kernel) and not of all
-    flags                 bit PF_KTHREAD is set of those, and only of those, that have no mm and descend from `kthreadd`
+    flags                 before tasks; bit PF_KTHREAD is set of those, and only of those, that have no mm and descend
+                          from `kthreadd`, and PF_EXITING of nobody who has an mm
     __state               before flags; states alone, TASK_IDLE of some kernel threads and of nobody else, and
                           TASK_INTERRUPTIBLE of some process
-    exit_signal           SIGCHLD of nearly all, 0 of the idle task; before it exit_code and exit_state
-    start_time, start_boottime   nanoseconds side by side, growing along the ring, which is in order of birth
+    exit_signal           between mm and pid; SIGCHLD of nearly all, 0 of the idle task; before it stand exit_code and
+                          exit_state, which is no more than the states of the dead
+    start_time, start_boottime   nanoseconds side by side, growing along the ring, which is in order of birth, and
+                          not for all alike; 0 of the idle task
     real_cred, cred       see `cred`;  signal, thread_node   see `threads`
 
 Sources: Linux include/linux/sched.h (order of members that stand side by side), kernel/fork.c, kernel/kthread.c,
@@ -29,6 +32,8 @@ from engine.oslayers.linux.shape.types import Members, number, pointer
 PID_LIMIT = 1 << 22
 PF_KTHREAD = 0x0020_0000
 """include/linux/sched.h; the same since 2.6.27."""
+PF_EXITING = 4
+"""The same; who has it has given up its address space, or soon will."""
 SIGCHLD = 17
 """include/uapi/asm-generic/signal.h; of MIPS and SPARC it is another."""
 IDLE, INTERRUPTIBLE = 0x402, 1
@@ -166,14 +171,17 @@ def kernel_threads(columns: TaskColumns) -> Mask | None:
 
 def find_flags(columns: TaskColumns) -> dict[str, Members]:
     """`flags`."""
-    sample, threads = columns.sample, kernel_threads(columns)
-    if threads is None or threads.all() or not threads.any():
+    sample, threads, mm = columns.sample, kernel_threads(columns), columns.of("mm")
+    if threads is None or mm is None or threads.all() or not threads.any():
         return {}
-    table = sample.table(4)
+    table = sample.table(4)[:, : columns.members["tasks"][0] // 4]
     words = sample.words()
     pointers = set(sample.agreed(sample.pointers(words) | (words == 0)).tolist())
+    alive = threads | (mm != 0)
+    claim = (table & np.uint32(PF_KTHREAD) != 0) == threads[:, None]
+    claim &= (table & np.uint32(PF_EXITING) == 0) | ~alive[:, None]
     found = [
-        index for index in sample.agreed((table & np.uint32(PF_KTHREAD) != 0) == threads[:, None]).tolist()
+        index for index in sample.agreed(claim).tolist()
         if index * 4 // sample.word not in pointers
     ]  # fmt: skip
     place = one(found)
@@ -207,12 +215,12 @@ def find_exit(columns: TaskColumns) -> dict[str, Members]:
     sample, mm, idle = columns.sample, columns.of("mm"), columns.idle
     if mm is None or idle is None:
         return {}
-    table = sample.table(4)
+    table = sample.table(4)[:, : columns.members["pid"][0] // 4]
     found = []
     for index in sample.agreed(table <= 64).tolist():
         signals = table[:, index]
         usual = int((signals == SIGCHLD).sum())
-        if index < 2 or signals[idle] or usual * 4 < len(sample) * 3:
+        if index - 2 <= columns.members["mm"][0] // 4 or signals[idle] or usual * 4 < len(sample) * 3:
             continue
         states = table[:, index - 2]
         sound = np.isin(states, np.array(_EXIT_STATES, np.uint32)) & ((states == 0) | (mm == 0))
@@ -237,7 +245,7 @@ def find_start(columns: TaskColumns) -> dict[str, Members]:
         return {}
     sound = (times > 0) & (times < np.uint64(1 << 58))
     sound[1:] &= times[1:] >= times[:-1]
-    good = set(sample.agreed(sound).tolist())
+    good = {index for index in sample.agreed(sound).tolist() if len(np.unique(times[:, index])) * 4 > len(times)}
     found = []
     for index in sorted(good):
         other = index + 2

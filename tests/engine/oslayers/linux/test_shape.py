@@ -214,7 +214,17 @@ def test_a_pointer_whose_bits_agree_is_no_flags(kernel: Kernel) -> None:
     """As that to a shared record, which threads of the kernel have alike."""
     for row in range(TASKS):
         own = row > 29 or row == 1
-        kernel.put(kernel.task(row) + 1700, BASE + 0x40_0000 + 64 * row if own else BASE + 0x20_0000)
+        kernel.put(kernel.task(row) + 700, BASE + 0x40_0000 + 64 * row if own else BASE + 0x20_0000)
+    columns = columns_of(kernel)
+    find_parents(columns, kernel)
+    columns.take("mm", MM, list_head(4).members().fields[0].type)
+    find_flags(columns)
+    assert offsets(columns)["flags"] == FLAGS
+
+
+def test_a_column_that_has_everybody_end_is_no_flags(kernel: Kernel) -> None:
+    for row in range(TASKS):
+        kernel.put(kernel.task(row) + 24, 0x7FFF & ~PF_KTHREAD if row > 29 or row == 1 else 0xFFFF_FFFF)
     columns = columns_of(kernel)
     find_parents(columns, kernel)
     columns.take("mm", MM, list_head(4).members().fields[0].type)
@@ -224,7 +234,7 @@ def test_a_pointer_whose_bits_agree_is_no_flags(kernel: Kernel) -> None:
 
 def test_two_columns_that_could_be_flags_prove_none(kernel: Kernel) -> None:
     for row in range(TASKS):
-        kernel.put(kernel.task(row) + 1700, 0 if row > 29 or row == 1 else PF_KTHREAD)
+        kernel.put(kernel.task(row) + 700, 0 if row > 29 or row == 1 else PF_KTHREAD)
     columns = columns_of(kernel)
     find_parents(columns, kernel)
     columns.take("mm", MM, list_head(4).members().fields[0].type)
@@ -237,6 +247,14 @@ def test_times_that_fall_back_are_no_start_times(kernel: Kernel) -> None:
     columns = columns_of(kernel)
     find_start(columns)
     assert "start_time" not in columns.members
+
+
+def test_numbers_that_all_have_alike_are_no_start_times(kernel: Kernel) -> None:
+    for row in range(1, TASKS):
+        kernel.put(kernel.task(row) + 1800, *[543] * 2, width=8)
+    columns = columns_of(kernel)
+    find_start(columns)
+    assert offsets(columns)["start_time"] == START
 
 
 @pytest.mark.parametrize(("place", "value"), [(48, 0), (56, 1), (72, 7), (4, 5), (0, 0)])
