@@ -7,7 +7,7 @@ from typing import Protocol
 
 from engine.errors import BadDataError
 from engine.formats.btf.records import Kind
-from engine.layout import DataType, Field
+from engine.layout import DataType, Field, TypeKind
 
 DEPTH_LIMIT = 32
 """Anonymous structures inside one another; five is the most in Linux."""
@@ -37,8 +37,10 @@ class Types(Protocol):
 def field_place(name: str, kind: DataType, bit_offset: int, bits: int, limit: int, big_endian: bool) -> Field:
     """A member at `bit_offset` of a structure of `limit` bytes.
 
-    Raises BadDataError where it lies outside, or at no byte without being a bit-field.
+    Raises BadDataError where it lies outside, at no byte without being a bit-field, or is of a type that is not told.
     """
+    if kind.kind is TypeKind.INCOMPLETE:
+        raise BadDataError(0, detail=f"member {name} of a type that is declared alone, or lost")
     if not bits:
         if bit_offset % 8 or bit_offset // 8 + kind.size > limit:
             raise BadDataError(0, detail=f"member {name} at bit {bit_offset} of a structure of {limit} bytes")

@@ -212,6 +212,8 @@ class Btf(TypeSource):
         if not depth:
             raise BadDataError(0, detail=f"BTF array {number} is made of itself")
         inner = self._type(element, depth - 1)
+        if inner.kind is TypeKind.INCOMPLETE:
+            raise BadDataError(0, detail=f"BTF array {number} of a type that is declared alone, or lost")
         if count * inner.size > SIZE_LIMIT:
             raise BadDataError(0, detail=f"BTF array {number} has {count} elements of {inner.size} bytes")
         return DataType(TypeKind.ARRAY, count * inner.size, count=count, inner=lambda: inner)

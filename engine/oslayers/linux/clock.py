@@ -109,7 +109,7 @@ class Timekeeper:
                 found = self._read(objects)
                 if not before & 1 and self._count(self.kernel.objects()) == before:
                     return found
-            except FaultError:
+            except (FaultError, NotFoundError):  # members may be lost with damaged pages of the types
                 return None
         return None
 

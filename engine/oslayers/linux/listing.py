@@ -40,7 +40,8 @@ class PidNumbers:
         kinds = objects.types.enum("pid_type") or {}
         index = kinds.get("PIDTYPE_TGID", 1)
         pid, namespace = objects.struct("pid"), objects.struct("pid_namespace")
-        objects.struct("xa_node").first("slots"), objects.struct("xarray", "radix_tree_root").first("xa_head", "rnode")
+        node, root = objects.struct("xa_node"), objects.struct("xarray", "radix_tree_root")
+        _ = node["slots"], node["shift"], root.first("xa_head", "rnode")  # what the walk needs must be told, too
         self.table = tasks.profile.require("init_pid_ns") + namespace["idr.idr_rt"].offset
         self.first = pid[f"tasks[{index}].first"]
         self.link = tasks.task[f"pid_links[{index}]"].offset
