@@ -25,6 +25,7 @@ from engine.connector import Connector
 from engine.errors import (
     AlreadyExistsError,
     ConnectorClosedError,
+    EngineError,
     InvalidArgumentError,
     NotFoundError,
     NotRecognisedError,
@@ -141,7 +142,11 @@ class Instance:
         expires, pids = self._pids
         if not pids or (self.live and time.monotonic() > expires):
             began = time.monotonic()
-            pids = self.layer.pids()
+            try:
+                pids = self.layer.pids()
+            except EngineError as error:
+                self.last_error = str(error)
+                raise
             took = time.monotonic() - began
             self._pids = (began + took + min(LIST_LIFETIME, LIST_SHARE * took), pids)
         return pids

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.errors import FaultError, NotFoundError
+from engine.errors import FaultError, NotFoundError, TargetGoneError
 from engine.layout import TypeSource
 from engine.oslayer import Base
 from engine.oslayers.linux.finding import Found
@@ -15,7 +15,6 @@ from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entries_of
 from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.mmu import Root
-from engine.translate.virtual import VirtualMemory
 
 
 @dataclass(slots=True)
@@ -29,6 +28,13 @@ class Kernel:
     """What was left out since it could not be read, by kind."""
     boot_time: Callable[[], int | None] = lambda: None
     """When it was started, nanoseconds since 1970 UTC by its own clock; None where that is not known."""
+    boot: int = 0
+    """How often the machine was restarted before, since the layer was opened."""
+    replaced: bool = False
+    """Whether it runs no more: the machine was started anew, and what its memory holds is another kernel's."""
+    look: Callable[[], None] = lambda: None
+    """Asks, not too often, whether it still runs; `replaced` says then. May take a while."""
+    is_look_due: Callable[[], bool] = lambda: False
     _swap: list[SwapEntries | None] = field(default_factory=list)
 
     @property
@@ -68,12 +74,17 @@ class Kernel:
         return layout is not None and member in layout
 
     def objects(self) -> Objects:
-        """A reader for one operation; over live memory nothing that it reads outlives it."""
+        """A reader for one operation; over live memory nothing that it reads outlives it.
+
+        Raises TargetGoneError where another kernel runs by now.
+        """
+        if self.replaced:
+            raise TargetGoneError(f"the Linux {self.found.release} that ran here has ended: the machine was restarted")
         memory = self.found.memory
         view = memory if memory.keep else memory.cached()
         return Objects(view, self.types, self.found.candidate.kernel_start, self.skipped)
 
-    def space_of(self, pgd: int) -> VirtualMemory:
+    def space_of(self, pgd: int) -> UserSpace:
         """The user half of the address space whose top table lies at the kernel's address `pgd`.
 
         Raises FaultError where that is not mapped.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
@@ -14,6 +16,7 @@ from engine.errors import (
     NotFoundError,
     NotRecognisedError,
     ProcessExitedError,
+    TargetGoneError,
 )
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
@@ -38,7 +41,7 @@ from engine.oslayers.linux.cgroups import LinuxContainers
 from engine.oslayers.linux.concatenated import ram_by_content
 from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
-from engine.oslayers.linux.finding import Found
+from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.listing import Listed, PidNumbers, find_process, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
@@ -47,6 +50,7 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layout_note, layouts
 from engine.oslayers.linux.resources import system_ram
+from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, latest
 from engine.oslayers.linux.searching import Recognised, find_kernel
 from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
@@ -68,6 +72,14 @@ _NEEDED: dict[type, tuple[str, ...]] = {
 """What has to be known of a kernel for a capability."""
 
 
+RESTARTS = 3
+"""How often a list is begun anew when the machine was restarted meanwhile."""
+STANDS = 5.0
+"""Seconds that a clock stands before it is told; an idle kernel may sleep for less."""
+START_PATIENCE = 120.0
+"""Seconds that a kernel may take to start before one is taken that tells less of itself than the last."""
+
+
 class LinuxLayer(OsLayer):
     """A Linux kernel: its types from BTF and its symbols from kallsyms, both read from its own memory."""
 
@@ -80,8 +92,19 @@ class LinuxLayer(OsLayer):
         "symbols": "a vmlinux, BTF, System.map or Volatility ISF of this kernel, where its own description is gone",
     })  # fmt: skip
 
-    def __init__(self, base: Base, kernel: Kernel | Recognised) -> None:
+    def __init__(self, base: Base, kernel: Kernel | Recognised, options: Options = MappingProxyType({})) -> None:
         self._base = base
+        self._options = options
+        self._boots = 0
+        self._missing_since = 0.0
+        self._watch: Watch | None = None
+        self._use(kernel)
+        if isinstance(kernel, Kernel) and base.live:
+            running = Running(kernel, self.system.clock)
+            self._watch = Watch(running, self._renew)
+            self._watched(kernel)
+
+    def _use(self, kernel: Kernel | Recognised) -> None:
         self._kernel = kernel
         self._tasks: Tasks | None = None
         self._numbers: PidNumbers | None = None
@@ -97,21 +120,48 @@ class LinuxLayer(OsLayer):
         """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing."""
         if base.memory is None:
             raise InvalidArgumentError("linux stands on a connector: name one with -c")
-        given = _given(options.get("symbols"))
-        dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
-        texts, registers = _texts(base, base.memory), base.hints.registers
-        found = find_kernel(base.memory, texts, keep=not base.live, dtb=dtb, slide=slide, registers=registers)
-        if isinstance(found, Recognised):
-            return cls(base, found)
-        cache = truth("cache", options.get("cache", "yes"))
-        profile = read_profile(found, cache=cache, given=given)
-        truly = with_true_layout(base.memory, profile)
-        if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
-            profile = read_profile(truly, cache=cache, given=given)
-        profile.found = with_description(profile)
-        if profile.types is None:
-            profile.types = shapes_of(profile)
-        return cls(base, Kernel(profile.found, profile, base))
+        found = _understood(base, base.memory, options, registers=base.hints.registers)
+        return cls(base, found, options)
+
+    def _watched(self, kernel: Kernel) -> None:
+        """Let those who read without listing look after the kernel, too."""
+        watch = self._watch
+        if watch is not None:
+            kernel.look, kernel.is_look_due = watch.look_seldom, lambda: watch.is_due
+
+    def _renew(self, gone: bool) -> Running | None:
+        """Recognise the kernel anew, and take it where it is another one: for `Watch`.
+
+        Raises NotRecognisedError where the known one is `gone`, and there is none yet.
+        """
+        old, memory = self.kernel, self._base.memory
+        assert memory is not None
+        options = {key: value for key, value in self._options.items() if key not in ("dtb", "kaslr")}
+        self._missing_since = self._missing_since or time.monotonic()
+        patient = time.monotonic() - self._missing_since < START_PATIENCE
+        try:
+            kernel = _understood(self._base, memory, options, told=patient and not old.found.unaided)
+            if isinstance(kernel, Recognised):
+                raise NotRecognisedError(f"Linux {kernel.release} for {kernel.machine} is recognised, and no more")
+            if not gone and identity_of(kernel) == identity_of(old):
+                self._missing_since = 0.0
+                return None
+            gone = True
+            if patient and not is_up(kernel):
+                raise NotRecognisedError(f"Linux {kernel.found.release} has only begun to start")
+        except (NotRecognisedError, FaultError) as error:
+            if not gone:
+                self._missing_since = 0.0
+                return None
+            old.replaced = True
+            raise NotRecognisedError(f"the machine is being restarted: {error}") from None
+        old.replaced = True
+        self._missing_since = 0.0
+        self._use(kernel)
+        self._boots += 1
+        kernel.boot = self._boots
+        self._watched(kernel)
+        return Running(kernel, self.system.clock)
 
     @property
     def kernel(self) -> Kernel:
@@ -147,6 +197,11 @@ class LinuxLayer(OsLayer):
         """See `OsLayer.info`."""
         if isinstance(self._kernel, Recognised):
             return self._recognised(self._kernel)
+        if self._watch is not None:
+            try:
+                self._watch.look_seldom()
+            except NotRecognisedError as error:
+                return OsInfo(self.kind, live=True, writable=self._base.writable, notes=(str(error),))
         found, clock = self.kernel.found, self.system.clock()
         return OsInfo(
             self.kind,
@@ -163,12 +218,19 @@ class LinuxLayer(OsLayer):
             live=self._base.live,
             writable=self._base.writable,
             skipped=dict(self.kernel.skipped),
-            notes=(*self._layout(found), *self.kernel.profile.notes),
+            notes=(*self._layout(found), *self._restarts(), *self.kernel.profile.notes),
         )
 
     def _layout(self, found: Found) -> Iterator[str]:
         if self._base.memory is not None and (note := layout_note(self._base.memory, found.physical)) is not None:
             yield note
+
+    def _restarts(self) -> Iterator[str]:
+        if self._boots:
+            times = "once" if self._boots == 1 else f"{self._boots} times"
+            yield f"the machine was restarted since it was opened, {times}: its kernel was recognised anew"
+        if self._watch is not None and (stands := self._watch.stands) > STANDS:
+            yield f"its clock stands for {stands:.0f} s: it is paused, or being restarted"
 
     def _recognised(self, found: Recognised) -> OsInfo:
         text = found.vmcoreinfo
@@ -267,12 +329,58 @@ class LinuxLayer(OsLayer):
         live = self.kernel.live
         if self._listing is not None and not live:
             return self._listing
-        listing = list_processes(self.tasks, self.kernel.objects, self._numbers, live=live)
-        self._listing = listing
-        return listing
+        if live and self._watch is not None:
+            return self._list_watched(self._watch)
+        self._listing = list_processes(self.tasks, self.kernel.objects, self._numbers, live=live)
+        return self._listing
+
+    def _list_watched(self, watch: Watch) -> Mapping[int, Listed]:
+        """A list that was begun and ended under one kernel. Raises NotRecognisedError while there is none."""
+        for _ in range(RESTARTS):
+            watch.look_seldom()
+            tasks, kernel = self.tasks, self.kernel
+            with contextlib.suppress(TargetGoneError):
+                listing = list_processes(tasks, kernel.objects, self._numbers, live=True)
+                if watch.is_same() and not kernel.replaced:
+                    return listing
+        raise NotRecognisedError("the machine is being restarted: its kernel changed again and again as it was read")
 
     def close(self) -> None:
         """See `OsLayer.close`: nothing is held but memory."""
+
+
+def _understood(
+    base: Base,
+    memory: Memory,
+    options: Options,
+    *,
+    told: bool = False,
+    registers: Sequence[Mapping[str, int]] = (),
+) -> Kernel | Recognised:
+    """Find the kernel and read what it says of itself. Raises NotRecognisedError with what was missing.
+
+    With `told` only a kernel is taken that VMCOREINFO tells of: the others take seconds to be sought.
+    """
+    given = _given(options.get("symbols"))
+    dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
+    cache = truth("cache", options.get("cache", "yes"))
+    texts = list(_texts(base, memory)) if base.live else _texts(base, memory)
+    if told and next(described(memory, texts, keep=False), None) is None:
+        raise NotRecognisedError("no kernel is in its memory yet")
+    found = find_kernel(memory, texts, keep=not base.live, dtb=dtb, slide=slide, registers=registers)
+    if isinstance(found, Recognised):
+        return found
+    if base.live and not registers and dtb is None and slide is None:
+        proved = described(memory, texts, keep=False)
+        found = latest(found, proved, lambda one: Kernel(one, read_profile(one, cache=cache), base))
+    profile = read_profile(found, cache=cache, given=given)
+    truly = with_true_layout(memory, profile)
+    if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
+        profile = read_profile(truly, cache=cache, given=given)
+    profile.found = with_description(profile)
+    if profile.types is None:
+        profile.types = shapes_of(profile)
+    return Kernel(profile.found, profile, base)
 
 
 def _texts(base: Base, memory: Memory) -> Iterator[Vmcoreinfo]:

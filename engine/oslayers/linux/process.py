@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.containers import container_among, main_path
 from engine.elf_modules import NARROW
-from engine.errors import FaultError, NotFoundError, ProcessExitedError
+from engine.errors import FaultError, NotFoundError, NotRecognisedError, ProcessExitedError
 from engine.layout import Field
 from engine.memory import BytesMemory, Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
@@ -50,6 +50,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         """The task as it is now. Raises ProcessExitedError where another one, or none, has its place."""
         if not self.kernel.live:
             return self._record
+        if self.kernel.replaced:
+            raise ProcessExitedError(self._record.pid)
         found = self.tasks.records(self.kernel.objects(), [self._record.address])
         if not found or (found[0].pid, found[0].start_ns) != (self._record.pid, self._record.start_ns):
             raise ProcessExitedError(self._record.pid)
@@ -58,7 +60,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     @property
     def identity(self) -> Hashable:
         """See `Process.identity`."""
-        return self._record.pid, self._record.start_ns, self._record.address
+        return self._record.pid, self._record.start_ns, self._record.address, self.kernel.boot
 
     @property
     def name(self) -> str:
@@ -73,6 +75,12 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         """
         if not self.kernel.live:
             return
+        try:
+            self.kernel.look()
+        except NotRecognisedError:
+            raise ProcessExitedError(self._record.pid) from None
+        if self.kernel.replaced:
+            raise ProcessExitedError(self._record.pid)
         memory = self.kernel.found.physical
         try:
             if self._places is None:
@@ -226,10 +234,9 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             try:
                 if pgd is None or not record.mm:
                     self._memory = NOTHING
-                elif self.kernel.knows("vm_area_struct"):
-                    self._memory = process_space(self.kernel, record.mm, pgd)
                 else:
-                    self._memory = self.kernel.space_of(pgd)
+                    check = self.check if self.kernel.base.live else None
+                    self._memory = process_space(self.kernel, record.mm, pgd, check)
             except FaultError:
                 self._memory = NOTHING
         return self._memory

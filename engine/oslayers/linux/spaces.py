@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
-from engine.memory import Addresses, Faults, Memory, Rows
+from engine.memory import Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.linux.cached_files import CachedPages, PageCache
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import Mapping, mappings_of
 from engine.oslayers.linux.special import special_pages
+from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.bulk import translate
 from engine.translate.mmu import AbsentHook, Root
 from engine.translate.virtual import VirtualMemory
 from engine.types import Extent
 
+R = TypeVar("R")
 BATCH_PAGES = 4096
 """Pages that are looked up at a time once a read met one that is not mapped."""
 
@@ -267,7 +270,99 @@ class ProcessSpace(VirtualMemory):
                 yield Extent(extent.start + moved, extent.size)
 
 
-def process_space(kernel: Kernel, mm: int, pgd: int) -> ProcessSpace:
-    """The memory of the process whose mm lies at `mm`, its top page table at `pgd`. Raises FaultError."""
+class Watched(VirtualMemory):
+    """Memory of a process that may end: nothing is given of what was read after its pages became another's.
+
+    Each read is followed by a look at whether the process is still there; every door may raise ProcessExitedError.
+    """
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+    """Raises ProcessExitedError where the process has ended."""
+    is_look_due: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether `check` may take long now."""
+
+    def _checked(self, door: Callable[[], R]) -> R:
+        try:
+            return door()
+        finally:
+            self.check()
+
+    def readinto(self, address: int, buffer: memoryview) -> None:
+        """See `Memory.readinto`. Raises ProcessExitedError."""
+        self._checked(lambda: super(Watched, self).readinto(address, buffer))
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        return not self.is_look_due() and super().readinto_nowait(address, buffer)
+
+    def read_nowait(self, address: int, size: int) -> bytes | None:
+        """See `Memory.read_nowait`."""
+        if self.is_look_due():
+            return None
+        return self._checked(lambda: super(Watched, self).read_nowait(address, size))
+
+    def borrow(self, address: int, size: int) -> memoryview | None:
+        """See `Memory.borrow`: nothing, since what is looked at later may be another's by then."""
+        return None
+
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
+        """See `Memory.gather`. Raises ProcessExitedError."""
+        return self._checked(lambda: super(Watched, self).gather(addresses, out))
+
+    def u8(self, address: int) -> int:
+        """See `Memory.u8`."""
+        return self._checked(lambda: super(Watched, self).u8(address))
+
+    def u32(self, address: int) -> int:
+        """See `Memory.u32`."""
+        return self._checked(lambda: super(Watched, self).u32(address))
+
+    def u64(self, address: int) -> int:
+        """See `Memory.u64`."""
+        return self._checked(lambda: super(Watched, self).u64(address))
+
+    def write(self, address: int, data: Data) -> None:
+        """See `Memory.write`. Raises ProcessExitedError; looks before, since a write cannot be taken back."""
+        self.check()
+        super().write(address, data)
+
+    def scatter(self, addresses: Addresses, rows: Rows) -> Faults:
+        """See `Memory.scatter`."""
+        self.check()
+        return super().scatter(addresses, rows)
+
+
+class WatchedSpace(Watched, ProcessSpace):
+    """The memory of a process that may end."""
+
+    def cached(self) -> ProcessSpace:
+        """See `Memory.cached`."""
+        view = WatchedSpace(
+            self.physical.cached(), self.roots, self.absent, keep=True, kernel=self.kernel, mm=self.mm
+        )
+        view.check, view.is_look_due = self.check, self.is_look_due
+        return view
+
+
+class WatchedUserSpace(Watched, UserSpace):
+    """The same of a kernel that tells nothing of mappings."""
+
+
+def process_space(kernel: Kernel, mm: int, pgd: int, check: Callable[[], None] | None = None) -> VirtualMemory:
+    """The memory of the process whose mm lies at `mm`, its top page table at `pgd`. Raises FaultError.
+
+    `check` raises ProcessExitedError where the process has ended: it is asked at each read.
+    """
     space = kernel.space_of(pgd)
-    return ProcessSpace(space.physical, space.roots, space.absent, keep=space.keep, kernel=kernel, mm=mm)
+    told = kernel.knows("vm_area_struct")
+    if check is None:
+        if not told:
+            return space
+        return ProcessSpace(space.physical, space.roots, space.absent, keep=space.keep, kernel=kernel, mm=mm)
+    watched: Watched
+    if told:
+        watched = WatchedSpace(space.physical, space.roots, space.absent, keep=space.keep, kernel=kernel, mm=mm)
+    else:
+        watched = WatchedUserSpace(space.physical, space.roots, space.absent, keep=space.keep, stop=space.size)
+    watched.check, watched.is_look_due = check, kernel.is_look_due
+    return watched

@@ -1,0 +1,142 @@
+"""A guest that is restarted under an open chain: what is shown is the new kernel's, or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+from guests.kernels import MissingError
+from guests.living import Living, boot_words, qemu, wait_until
+from guests.machine import RunningGuest
+from guests.monitor import Serial
+from guests.opened import Copy
+from guests.truth import secret_text
+from mounting import mounted
+from support import require
+
+from engine.errors import FaultError, NotRecognisedError, ProcessExitedError
+
+PAGE = 4096
+WHILE_RESTARTING = (errno.ENXIO, errno.ENOENT, errno.ESRCH, errno.EIO, errno.ENODEV)
+
+
+class Restarting(RunningGuest):
+    """A guest that boots anew when it is reset; its memory is read by QEMU itself."""
+
+    def __init__(self, living: Living) -> None:
+        self.living = living
+        self.serial = Serial(living.folder / "serial")
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        return self.living.saved(address, size)
+
+
+@contextlib.contextmanager
+def booted(ram: str) -> Iterator[Restarting]:
+    try:
+        words, put = boot_words()
+        words = [word for word in words if word != "-no-reboot"]
+        words += ["-cpu", "max,la57=off", "-serial", "unix:{folder}/serial,server=on,wait=off"]
+        with qemu(ram, size=512, more=words, prepare=put) as living:
+            found = Restarting(living)
+            with contextlib.closing(found.serial):
+                yield found
+    except MissingError as error:
+        require(False, str(error))
+
+
+@pytest.mark.parametrize("ram", ["private", "memfd"])
+def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram):
+    with booted(ram) as guest:
+        old = guest.fetch_truth()
+        with mounted("-c", f"qemu:{guest.living.name}", "-o", "linux", limit=240) as mount:
+            system = mount.folder / "os/linux"
+            held = os.open(system / "processes" / str(old.keeper) / "mem", os.O_RDONLY)
+            address = old.secrets["data"]
+            assert os.pread(held, 48, address) == secret_text("data")
+            guest.living.ask("system_reset")
+            new = guest.fetch_truth()
+            assert old.get("/proc/1/maps") != new.get("/proc/1/maps"), "addresses are drawn anew"
+
+            def back() -> bool:
+                try:
+                    return (system / f"processes/{new.keeper}/maps").read_text() == new.text(f"/proc/{new.keeper}/maps")
+                except OSError as error:
+                    if error.errno not in WHILE_RESTARTING:
+                        raise
+                    return False
+
+            wait_until(back, 90, "the new kernel's processes")
+            with pytest.raises(ProcessLookupError):
+                os.pread(held, 48, address)
+            os.close(held)
+            with open(system / f"processes/{new.keeper}/mem", "rb", buffering=0) as memory:
+                for name in ("data", "bss", "heap", "stack"):
+                    assert os.pread(memory.fileno(), 48, new.secrets[name]) == secret_text(name)
+            notes = json.loads((system / "info.json").read_text())["notes"]
+            assert any("restarted" in note for note in notes)
+
+
+# -- without a guest that runs ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(recording) -> Copy:
+    made = Copy(recording)
+    if made.original.kernel.profile.types is None or made.original.kernel.profile.symbol("init_task") is None:
+        pytest.skip("what tells a boot is not known of this kernel")
+    return made
+
+
+def first_process_start(copy: Copy) -> int:
+    """Where the start time of the first process stands."""
+    layer = copy.original
+    return layer.process(1).info.object + layer.tasks.task.get("start_boottime", "real_start_time").offset
+
+
+def test_a_kernel_of_another_boot_is_another_kernel(copy):
+    if 1 not in copy.original.pids():
+        pytest.skip("this kernel came to no process of ours")
+    layer = copy.layer(lambda _: None, live=True)
+    process = layer.process(1)
+    first = next(process.regions(), None)
+    assert first is not None
+    process.memory.read_padded(first.start, 16)
+    copy.set_word(first_process_start(copy), 12345678)
+    wait_until(lambda: any("restarted" in note for note in layer.info.notes), 30)
+    assert layer.pids() == copy.original.pids()
+    with pytest.raises(ProcessExitedError):
+        process.check()
+    with pytest.raises(ProcessExitedError):
+        process.memory.read(first.start, 16)
+    assert process.identity != layer.process(1).identity
+
+
+def test_memory_without_a_kernel_any_more_shows_no_processes(copy):
+    layer = copy.layer(lambda _: None, live=True)
+    if not layer.pids():
+        pytest.skip("this kernel has no processes")
+    process = layer.process(layer.pids()[-1])
+    found = copy.original.kernel.found
+    for at in range(found.image.start, found.image.start + found.image.size, PAGE):
+        with contextlib.suppress(ValueError, FaultError):
+            copy.set_bytes(at, bytes(PAGE))
+    with pytest.raises(NotRecognisedError, match="restarted"):
+        _asked_for(layer.pids, 10)
+    with pytest.raises(NotRecognisedError, match="restarted"):
+        layer.pids()
+    with pytest.raises(ProcessExitedError):
+        process.check()
+    assert any("restarted" in note for note in layer.info.notes)
+
+
+def _asked_for(ask, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ask()
+        time.sleep(0.02)
