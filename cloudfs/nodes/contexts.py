@@ -51,7 +51,9 @@ class Context:
         if instance is None or instance.closed:
             return False
         memory = instance.memory_view if instance.kind == "connector" else _base_memory(instance)
-        return memory is not None and memory.may_block
+        if memory is None:
+            return False
+        return memory.may_block or (instance.kind == "oslayer" and instance.live)
 
     @property
     def reads_block(self) -> bool:

@@ -50,6 +50,7 @@ def booted(ram: str) -> Iterator[Restarting]:
         require(False, str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ram", ["private", "memfd"])
 def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram):
     with booted(ram) as guest:

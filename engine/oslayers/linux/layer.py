@@ -43,7 +43,7 @@ from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.kernel import Kernel
-from engine.oslayers.linux.listing import Listed, PidNumbers, find_process, list_processes, pid_numbers
+from engine.oslayers.linux.listing import NUMBERS, Listed, PidNumbers, find_process, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
 from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
@@ -76,6 +76,8 @@ RESTARTS = 3
 """How often a list is begun anew when the machine was restarted meanwhile."""
 STANDS = 5.0
 """Seconds that a clock stands before it is told; an idle kernel may sleep for less."""
+LIST_SHARE = 4
+"""For one PID that has no number a list is not made again for so many times what it took."""
 START_PATIENCE = 120.0
 """Seconds that a kernel may take to start before one is taken that tells less of itself than the last."""
 
@@ -109,6 +111,8 @@ class LinuxLayer(OsLayer):
         self._tasks: Tasks | None = None
         self._numbers: PidNumbers | None = None
         self._listing: Mapping[int, Listed] | None = None
+        self._listed: tuple[float, Mapping[int, Listed]] = (0.0, {})
+        """Over live memory the last list, and from when on another may be made for one PID."""
         self._config: LinuxConfig | None = None
         self._system: System | None = None
         if isinstance(kernel, Kernel):
@@ -313,11 +317,19 @@ class LinuxLayer(OsLayer):
 
     def _find(self, pid: int) -> Listed | None:
         """One process; where nothing may be kept it is looked for alone, and all are listed only if that fails."""
+        if self._watch is not None:
+            self._watch.look_seldom()
         tasks = self.tasks
         if self._base.live and self._numbers is not None:
             found = find_process(tasks, self.kernel.objects(), self._numbers, pid)
             if found is not None:
                 return found
+            again, listing = self._listed
+            known = listing.get(pid)
+            if known is None and time.monotonic() < again:
+                return None
+            if known is not None and NUMBERS in known.sources:
+                return None  # it had a number, and has ended since
         return self._list().get(pid)
 
     def processes(self) -> Iterator[Process]:
@@ -338,10 +350,13 @@ class LinuxLayer(OsLayer):
         """A list that was begun and ended under one kernel. Raises NotRecognisedError while there is none."""
         for _ in range(RESTARTS):
             watch.look_seldom()
+            began = time.monotonic()
             tasks, kernel = self.tasks, self.kernel
             with contextlib.suppress(TargetGoneError):
                 listing = list_processes(tasks, kernel.objects, self._numbers, live=True)
                 if watch.is_same() and not kernel.replaced:
+                    now = time.monotonic()
+                    self._listed = now + LIST_SHARE * (now - began), listing
                     return listing
         raise NotRecognisedError("the machine is being restarted: its kernel changed again and again as it was read")
 

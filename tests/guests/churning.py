@@ -1,0 +1,70 @@
+"""A guest under load: 200 processes a second that are forked, call exec and end, each with a stamp of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from guests.catalogue import MACHINES
+from guests.kernels import GuestError, MissingError, cache_root, locked, made_whole, provide
+from guests.living import Living, qemu
+from guests.machine import BOOT_LIMIT
+from guests.monitor import Serial
+from guests.program import FLAGS, Archive
+
+STAMP, MARK = 0x7E5700000000, 0x6C75666573746D70
+"""Where a process has its stamp, and how that begins: churner.c."""
+RATE = 200
+LASTING = 40
+"""Processes that live on."""
+KERNEL = "amd64-6.1"
+SOURCE = Path(__file__).with_name("churner.c")
+
+
+def _program() -> Path:
+    if not shutil.which("gcc"):
+        raise MissingError("gcc is missing, which compiles the program of the guest")
+    key = hashlib.sha256(" ".join(FLAGS).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    place = cache_root() / "programs" / f"churner-{key}"
+    with locked("program-churner"):
+        if not place.exists():
+            with made_whole(place) as folder:
+                command = ["gcc", *FLAGS, "-o", str(folder / "init"), str(SOURCE)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+                if done.returncode:
+                    raise GuestError(f"gcc could not compile the program of the guest: {done.stderr[-2000:]}")
+    return place / "init"
+
+
+@contextlib.contextmanager
+def churning(ram: str = "memfd", *, size: int = 256, rate: int = RATE) -> Iterator[tuple[Living, Serial]]:
+    """(QEMU, the guest's console), once processes come and go."""
+    archive = Archive()
+    archive.add("dev", 0o040755)
+    archive.add("dev/console", 0o020600, device=(5, 1))
+    archive.add("init", 0o100755, _program().read_bytes())
+    found, initramfs = provide([KERNEL])[KERNEL], gzip.compress(archive.finished(), compresslevel=1, mtime=0)
+    told = f"console=ttyS0 rdinit=/init panic=-1 quiet {MACHINES['amd64'].options} rate={rate}"
+
+    def put(folder: Path) -> None:
+        (folder / "kernel").symlink_to(found.image)
+        (folder / "initramfs").write_bytes(initramfs)
+
+    words = ["-no-reboot", "-kernel", "{folder}/kernel", "-initrd", "{folder}/initramfs", "-append", told,
+             "-cpu", "max,la57=off", "-serial", "unix:{folder}/serial,server=on,wait=off"]  # fmt: skip
+    with qemu(ram, size=size, more=words, prepare=put) as living, contextlib.ExitStack() as stack:
+        serial = stack.enter_context(contextlib.closing(Serial(living.folder / "serial")))
+        serial.said("churning", BOOT_LIMIT)
+        yield living, serial
+
+
+def stamped(data: bytes) -> tuple[int, int] | None:
+    """(PID, start in ticks) of a stamp; None where it is not written yet, or not whole."""
+    mark, pid, start, check = struct.unpack("<4Q", data)
+    return (pid, start) if mark == MARK and check == pid ^ start else None
