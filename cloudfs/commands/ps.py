@@ -23,7 +23,7 @@ EXAMPLES = """\
   cloudfs ps                            the processes of this machine
   cloudfs ps 1                          one of them
   cloudfs ps -p sshd                    by name, where only one process is called so
-  cloudfs ps memory.img                 of the machine in an image, whatever its format
+  cloudfs ps memory.raw                 of the machine in an image, whatever its format
   cloudfs ps -c qemu                    of the only guest of QEMU that runs here; -c qemu:NAME of one of several
   cloudfs ps --json | jq '.[] | select(.uid == 0) | .pid'
 """
