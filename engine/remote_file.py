@@ -10,6 +10,7 @@ fsspec is an optional package (the extra `remote`), and for most schemes wants o
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -47,6 +48,20 @@ T = TypeVar("T")
 def is_url(target: str) -> bool:
     """Whether a target is scheme://… and so no path."""
     return _URL.match(target) is not None
+
+
+def _why_not_reached(error: BaseException | None) -> str | None:
+    """What stands behind a FileNotFoundError of fsspec when it is not that the file is missing."""
+    why = None
+    for _ in range(8):
+        if (error := None if error is None else error.__cause__ or error.__context__) is None:
+            break
+        status = getattr(error, "status", None)
+        if isinstance(status, int):
+            return None if status in (404, 410) else f"the server answers with status {status}"
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror or str(error)
+    return why
 
 
 class RemoteFile(BlockMemory):
@@ -99,7 +114,9 @@ class RemoteFile(BlockMemory):
             return question()
         except EngineError:
             raise
-        except FileNotFoundError:
+        except FileNotFoundError as error:  # fsspec says so too where a web server was not reached or refused
+            if (why := _why_not_reached(error)) is not None:
+                raise TargetGoneError(f"{self.path} cannot be opened: {why}") from None
             raise NotFoundError(f"there is no {self.path}") from None
         except PermissionError:
             raise AccessDeniedError(f"{self.path} may not be read by this user") from None

@@ -152,12 +152,14 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def on_terminal(words: Sequence[str], columns: int = 80, **extra: str) -> Iterator[Terminal]:
+def on_terminal(
+    words: Sequence[str], columns: int = 80, *, program: Sequence[str] = COMMAND, **extra: str
+) -> Iterator[Terminal]:
     """A command with a terminal as its standard input, output and error, of which it is the foreground job."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", _LEADER, *COMMAND, *words],
+        [sys.executable, "-c", _LEADER, *program, *words],
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment(**extra),
     )  # fmt: skip
     os.close(slave)

@@ -58,6 +58,11 @@ class Opened:
             raise NotRecognisedError(self.instance.last_error or f"{self.name} has no OS layer")
         return self.instance.layer
 
+    def advice(self, tool: str) -> str:
+        """How a sentence ends that says what the OS layer does not show: of this machine `tool` shows it."""
+        info = self.layer.info
+        return f"; {tool} does" if info.kind == "native" else "; the notes of `cloudfs info` say why" * bool(info.notes)
+
     @property
     def connector(self) -> Instance | None:
         """The connector at the top of the chain, below the OS layer if there is one."""

@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     with opened(arguments, words) as target:
         log = target.layer.capability(KernelLog)
         if log is None:
-            advice = "; dmesg(1) does" if target.layer.info.kind == "native" else ""
-            raise UnsupportedError(f"{target.name} shows no kernel log{advice}")
+            raise UnsupportedError(f"{target.name} shows no kernel log{target.advice('dmesg(1)')}")
         records = list(log.records())
     if output.json:
         output.document([log_record(record) for record in records])

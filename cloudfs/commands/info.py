@@ -56,7 +56,7 @@ def _target_record(target: Opened) -> dict[str, Any]:
     return {
         "target": target.name,
         "connector": None if connector is None else connector_record(connector.connector.info),
-        "os": os_record(instance.layer.info, process_count(instance)) if has_os else None,
+        "os": {**os_record(instance.layer.info, process_count(instance)), "live": instance.live} if has_os else None,
         "problem": None if has_os else instance.last_error,
     }
 

@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _rows(target: Opened, process: Process) -> Iterator[Record]:
     files = process.capability(OpenFiles)
     if files is None:
-        advice = "; lsof(8) does" if target.layer.info.kind == "native" else ""
-        raise UnsupportedError(f"{target.name} does not show what its processes have open{advice}")
+        raise UnsupportedError(f"{target.name} does not show what its processes have open{target.advice('lsof(8)')}")
     try:
         info = process.info
         for file in files.open_files():

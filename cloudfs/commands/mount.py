@@ -248,6 +248,8 @@ class _Session:
             record = {"mountpoint": self.mountpoint, "target": target.name, "pid": os.getpid()}
             return to_json({**record, "writable": self.settings.writable})
         how = "writable" if self.settings.writable else "read-only"
+        if not self.settings.writable and target.connector is not None and target.connector.writable:
+            how = "read-only but for what its overlay takes"
         until = "; `cloudfs umount` ends it" if self.arguments.daemon else ""
         return escape_terminal(f"{self._title(target)}, {how}{until}") + "\n"
 

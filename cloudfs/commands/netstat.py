@@ -28,6 +28,7 @@ COLUMNS = (
     Column("pid", "PID", right=True),
     Column("descriptor", "FD", right=True),
 )
+TERMINAL_ORDER = ("family", "protocol", "state", "pid", "descriptor", "local", "remote", "kind", "inode", "uid")
 
 
 def configure(parser: Parser) -> None:
@@ -43,11 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     with opened(arguments, words) as target:
         source = target.layer.capability(Sockets)
         if source is None:
-            advice = "; ss(8) does" if target.layer.info.kind == "native" else ""
-            raise UnsupportedError(f"{target.name} shows no sockets{advice}")
+            raise UnsupportedError(f"{target.name} shows no sockets{target.advice('ss(8)')}")
         rows = [socket_record(socket) for socket in source.sockets()]
     if output.json:
         output.document(rows)
     else:
-        output.table(rows, COLUMNS)
+        output.table(rows, on_a_terminal() if output.terminal else COLUMNS)
     return Exit.DONE
+
+
+def on_a_terminal() -> list[Column]:
+    """The columns with what tells most first: a terminal's edge cuts the rest."""
+    return sorted(COLUMNS, key=lambda column: TERMINAL_ORDER.index(column.key))

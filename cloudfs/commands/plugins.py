@@ -11,7 +11,7 @@ import argparse
 from cloudfs.commands._arguments import Exit, Parser, UsageError
 from cloudfs.commands._output import Output
 from cloudfs.nodes.plugins_file import entry_statuses
-from cloudfs.render import Column, plugin_record, table
+from cloudfs.render import Column, cell_text, plugin_record, table
 from engine import registry
 
 EXAMPLES = """\
@@ -46,6 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [plugin_record(status) for status in (*statuses, *entry_statuses())]
     if output.json:
         output.document(rows)
+    elif output.terminal:
+        output.table(rows, COLUMNS[:-1])  # a problem is a sentence: it stands below, whole
+        for row in (row for row in rows if row["problem"] is not None):
+            output.text(f"{cell_text(row['name'])} is broken: {cell_text(row['problem'])}\n")
     else:
         output.table(rows, COLUMNS)
     return Exit.DONE

@@ -70,7 +70,7 @@ class Server:
                 if body:
                     outer.asked.append(self.headers.get("Range", ""))
                 if self.path != "/image":
-                    data, status = b"", 404
+                    data, status = b"", 503 if self.path == "/image-busy" else 404
                 elif found and outer.ranges:
                     stop = int(found[2]) + 1 if found[2] else len(data)
                     data, status = data[int(found[1]) : stop], 206
@@ -176,6 +176,17 @@ def test_a_server_that_is_gone_is_said(server: Server) -> None:
 def test_what_is_not_there_is_said(server: Server) -> None:
     with pytest.raises(NotFoundError, match="there is no http"):
         RemoteFile(server.url + "-not", {})
+
+
+def test_a_server_that_is_not_there_is_not_taken_for_a_missing_file(server: Server) -> None:
+    server.close()
+    with pytest.raises(TargetGoneError, match="cannot be opened: Connection refused"):
+        RemoteFile(server.url, {})
+
+
+def test_a_server_that_refuses_is_said_with_its_status(server: Server) -> None:
+    with pytest.raises(TargetGoneError, match="the server answers with status 503"):
+        RemoteFile(server.url + "-busy", {})
 
 
 def test_any_scheme_of_fsspec_is_read() -> None:

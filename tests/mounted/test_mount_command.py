@@ -151,6 +151,14 @@ def test_a_daemon_stands_when_the_command_returns_and_holds_no_pipe(point):
     assert not is_mounted(point)
 
 
+def test_a_mount_with_an_overlay_does_not_claim_that_all_of_it_is_read_only(point, image):
+    done = cloudfs("mount", "--daemon", "-c", f"raw:{image}:overlay=cow", str(point), limit=30)
+    try:
+        assert b"read-only but for what its overlay takes; " in done.stdout
+    finally:
+        assert cloudfs("umount", str(point)).returncode == 0
+
+
 def test_a_daemon_is_in_a_session_of_its_own_and_ends_with_its_mount(point):
     with daemon(point) as pid:
         assert os.getsid(pid) == pid

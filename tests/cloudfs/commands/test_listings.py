@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import cloudfs, in_process, sentence, unprivileged
+from commandline import cloudfs, in_process, on_terminal, sentence, unprivileged
 from support import require
 from targets import running_target
 
-from cloudfs.commands._output import Output
+from cloudfs.commands._output import Output, clip
+from cloudfs.commands.netstat import COLUMNS as SOCKET_COLUMNS
+from cloudfs.commands.netstat import on_a_terminal
 from cloudfs.commands.ps import _say_hidden
+from cloudfs.render import table
 from engine.types import ProcessInfo
 
 PS_KEYS = """pid ppid name state uid gid threads start_time command_line executable architecture kernel_thread dtb
@@ -286,6 +289,23 @@ def test_a_broken_plugin_breaks_itself_alone(words, code):
     if words == "plugins":
         assert "broken\tbroken 1.2" in said
         assert "native" in said
+
+
+def test_a_terminal_gets_the_problem_of_a_plugin_whole():
+    with on_terminal(["plugins"], 60, program=[sys.executable, "-c", BROKEN]) as terminal:
+        assert terminal.finish() == 0
+    assert "\nbroken is broken: " in (said := terminal.shown.decode().replace("\r", ""))
+    assert "No module named 'nosuchmodule'" in said
+
+
+def test_a_narrow_terminal_still_shows_whose_a_socket_is():
+    row = dict.fromkeys((column.key for column in SOCKET_COLUMNS), None)
+    row |= {"family": "inet6", "protocol": "tcp", "state": "ESTABLISHED", "pid": 4711, "descriptor": 12}
+    row |= {"local": "[::ffff:127.0.0.1]:7100", "remote": "[::ffff:127.0.0.1]:51164"}
+    title, line = (clip(one, 80) for one in table([row], on_a_terminal(), terminal=True).splitlines())
+    assert {"PID", "FD", "LOCAL", "REMOTE"} <= set(title.replace("…", " ").split())
+    assert "4711  12" in line
+    assert "[::ffff:127.0.0.1]:7100" in line
 
 
 def test_targets_is_an_array_of_what_can_be_opened():

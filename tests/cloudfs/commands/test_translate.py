@@ -66,6 +66,18 @@ def test_a_process_of_this_machine_has_no_page_tables_to_show():
     assert "page tables" in sentence(done)
 
 
+def test_info_of_an_image_that_nobody_writes_says_that_its_system_is_not_live(chain):
+    record = json.loads(in_process("info", *chain, "--json").stdout)
+    assert record["connector"]["live"] is record["os"]["live"] is False
+
+
+@pytest.mark.parametrize("command", ["dmesg", "lsof", "netstat"])
+def test_what_a_system_does_not_show_is_said_with_where_the_reason_stands(chain, command):
+    done = in_process(command, *chain)
+    assert done.returncode == 1
+    assert sentence(done).endswith("; the notes of `cloudfs info` say why")
+
+
 def test_pagetree_counts_pages_by_size_and_permission(chain):
     done = in_process("pagetree", *chain, "1", "--json")
     assert done.returncode == 0, done.stderr
