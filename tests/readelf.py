@@ -13,7 +13,9 @@ from support import require
 
 from engine.types import ExportInfo, ImportInfo
 
-_SYMBOL = re.compile(r"\s*\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) +(\S+) +(\S+) +(\S+) +(?:\[[^]]*\] +)?(\S+) (.*)")
+_SYMBOL = re.compile(
+    r"\s*\d+: ([0-9a-f]+) +(\d+|0x[0-9a-f]+) +(\S+) +(\S+) +(\S+) +(?:\[[^]]*\] +)?(<[^>]*>|\S+) (.*)"
+)
 _SECTION = re.compile(r" *\[ *\d+\] (\S*) +(\S+) +([0-9a-f]+) ([0-9a-f]+) ([0-9a-f]+) [0-9a-f]+ +([A-Zolp]*) +\d")
 _LOAD = re.compile(r"  LOAD +0x([0-9a-f]+) 0x([0-9a-f]+) 0x[0-9a-f]+ 0x([0-9a-f]+) 0x([0-9a-f]+)")
 _KINDS = {"FUNC": "function", "OBJECT": "object", "COMMON": "object", "TLS": "tls", "IFUNC": "ifunc"}

@@ -101,7 +101,6 @@ def test_ram_of_every_kind_is_read_as_qemu_reads_it(start, opened, ram, qmp):
         ("qemu-system-aarch64", "virt", 5120),
         ("qemu-system-aarch64", "sbsa-ref", 1024),
         ("qemu-system-arm", "virt", 1024),
-        ("qemu-system-arm", "vexpress-a15", 1024),
         ("qemu-system-riscv64", "virt", 5120),
     ],
 )
