@@ -78,6 +78,8 @@ class Instance:
     """Of a connector: its memory behind the middleware."""
     opened_live: bool = False
     writable: bool = False
+    implied: bool = False
+    """Whether a connector that stands on it opened it, and nobody asked for it."""
     children: list[Instance] = field(default_factory=list)
     generation: int = 1
     opened_at: float = field(default_factory=time.time)
@@ -258,8 +260,8 @@ class Machine:
 
     @property
     def default_os(self) -> Instance | None:
-        """The oldest OS instance still standing."""
-        return next(iter(self.instances("oslayer")), None)
+        """The oldest OS instance still standing that was asked for; else one that a connector opened to stand on."""
+        return min(self.instances("oslayer"), key=lambda instance: instance.implied, default=None)
 
     def run(self, kind: Kind, line: str) -> Instance:
         """Carry out one line of `new`."""
@@ -379,6 +381,7 @@ class Machine:
                 continue
             with contextlib.suppress(AlreadyExistsError):  # another thread came first
                 made = self.open("oslayer", chain.Spec(plugin), name=plugin)
+                made.implied = True
 
     def _leave_parent(self, opening: Opening, made: Instance | None) -> None:
         """Stand on nothing, and close the parent that was opened for this alone."""

@@ -31,7 +31,7 @@ def _lines(tree: TreeContext) -> Iterator[str]:
     for title, described in (
         ("Here", root_entry.describe()),
         ("connector/NAME/", connector_entry.describe()),
-        ("os/NAME/ (os/ has links into the oldest)", os_entry.describe()),
+        ("os/NAME/ (os/ has links into the first that was asked for)", os_entry.describe()),
         ("os/NAME/processes/PID/", process_entry.describe()),
         (".../modules/NAME/", module_entry.describe()),
     ):

@@ -150,6 +150,18 @@ def test_a_connector_opens_its_default_parent_once():
         assert [i.name for i in machine.instances("connector")] == ["guest", "guest-2"]
 
 
+def test_the_default_os_is_a_guests_and_not_the_one_that_its_connector_opened_to_stand_on():
+    with Machine() as machine:
+        vm = machine.open("connector", Spec("guest", "a"))
+        assert machine.default_os is vm.parent
+        guest = machine.open("oslayer", "guestos:a-os", parent=vm)
+        assert machine.default_os is guest
+    with Machine() as machine:
+        asked = machine.open("oslayer", "guestos-host")
+        machine.open("oslayer", "guestos:a-os", parent=machine.open("connector", Spec("guest", "a"), parent=asked))
+        assert machine.default_os is asked
+
+
 def test_what_something_stands_on_cannot_be_removed_and_says_who():
     with Machine() as machine:
         machine.run("connector", "vm guest:a")
@@ -345,7 +357,7 @@ def test_a_file_of_a_known_other_format_is_not_taken_for_memory(tmp_path):
         chain_of(str(path))
 
 
-@pytest.mark.parametrize("target", ["/no/such/image", "no-such-plugin:x", "https://host/image"])
+@pytest.mark.parametrize("target", ["/no/such/image", "no-such-plugin:x"])
 def test_a_target_that_is_nothing_says_so(target):
     with pytest.raises((NotFoundError, InvalidArgumentError), match="no"):
         chain_of(target)
