@@ -40,6 +40,8 @@ STORE_LIMIT = 64 << 20
 AT_ONCE = 16
 """Blocks that are fetched together: what a store of 64 can take without losing them again."""
 SIZE_LIMIT = 1 << 46
+SILENCE = 10.0
+"""Seconds without a byte after which a web server is taken for gone."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.", re.DOTALL)
 
 T = TypeVar("T")
@@ -48,6 +50,15 @@ T = TypeVar("T")
 def is_url(target: str) -> bool:
     """Whether a target is scheme://… and so no path."""
     return _URL.match(target) is not None
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """What fsspec is told so that a web server that falls silent is an error after SILENCE (its own limit: minutes)."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}}
 
 
 def _why_not_reached(error: BaseException | None) -> str | None:
@@ -59,6 +70,8 @@ def _why_not_reached(error: BaseException | None) -> str | None:
         status = getattr(error, "status", None)
         if isinstance(status, int):
             return None if status in (404, 410) else f"the server answers with status {status}"
+        if isinstance(error, TimeoutError):
+            return f"no answer within {SILENCE:g} s"
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror or str(error)
     return why
@@ -82,7 +95,7 @@ class RemoteFile(BlockMemory):
             raise InvalidArgumentError(f"{self.path}: what is behind a URL cannot be read live: leave live= out")
         if writable:
             raise ReadOnlyError(f"{self.path}: what is behind a URL is read-only: leave --writable out")
-        self._files, self._place = self._asked(lambda: _fsspec().url_to_fs(url))
+        self._files, self._place = self._asked(lambda: _fsspec().url_to_fs(url, **_patience(url)))
         size = self._size()
         starts = np.arange(0, size, BLOCK, dtype=np.uint64)
         lengths = np.minimum(np.uint64(size) - starts, np.uint64(BLOCK))

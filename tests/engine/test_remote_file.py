@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -182,6 +183,12 @@ def test_a_server_that_is_not_there_is_not_taken_for_a_missing_file(server: Serv
     server.close()
     with pytest.raises(TargetGoneError, match="cannot be opened: Connection refused"):
         RemoteFile(server.url, {})
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.remote_file.SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TargetGoneError, match="no answer within"):
+        RemoteFile(f"http://127.0.0.1:{silent.getsockname()[1]}/image", {})
 
 
 def test_a_server_that_refuses_is_said_with_its_status(server: Server) -> None:
