@@ -133,7 +133,7 @@ def test_memory_without_a_kernel_any_more_shows_no_processes(copy):
         layer.pids()
     with pytest.raises(ProcessExitedError):
         process.check()
-    assert any("restarted" in note for note in layer.info.notes)
+    assert any("restarted" in note for note in layer.info.notes), layer.info.notes
 
 
 def _asked_for(ask, seconds: float) -> None:

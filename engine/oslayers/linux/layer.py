@@ -348,8 +348,11 @@ class LinuxLayer(OsLayer):
 
     def _list_watched(self, watch: Watch) -> Mapping[int, Listed]:
         """A list that was begun and ended under one kernel. Raises NotRecognisedError while there is none."""
-        for _ in range(RESTARTS):
-            watch.look_seldom()
+        for attempt in range(RESTARTS):
+            if attempt:  # it is not the kernel that it was, just now
+                watch.look()
+            else:
+                watch.look_seldom()
             began = time.monotonic()
             tasks, kernel = self.tasks, self.kernel
             with contextlib.suppress(TargetGoneError):

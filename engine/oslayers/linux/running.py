@@ -173,6 +173,7 @@ class Watch:
     def look(self) -> None:
         """Recognise anew where another kernel runs. Raises NotRecognisedError where none is there."""
         with self._lock:
+            self._look_again = 0.0  # and so it stays where this raises
             running = self._running
             gone = not running.is_same()
             if gone or running.is_doubtful():
