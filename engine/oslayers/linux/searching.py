@@ -14,6 +14,7 @@ from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayers.linux.architectures import LINKED_AT, family
 from engine.oslayers.linux.claims import leads
+from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.unaided import unaided
 from engine.translate.modes import roots_of
@@ -67,7 +68,7 @@ def find_kernel(
     """
     texts = _Remembered(texts)
     others = []
-    for kernels in (described(memory, texts, keep=keep, dtb=dtb), unaided(memory, keep=keep, dtb=dtb)):
+    for kernels in _kernels(memory, texts, keep, dtb):
         first = None
         for found in kernels:
             if slide is not None and slide not in slides(found):
@@ -82,7 +83,7 @@ def find_kernel(
     if others:
         raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(dict.fromkeys(others))}")
     if dtb is not None:
-        without = next(chain(described(memory, texts, keep=keep), unaided(memory, keep=keep)), None)
+        without = next(chain.from_iterable(_kernels(memory, texts, keep, None)), None)
         if without is not None:
             right = f"its own is {without.candidate.dtb:#x} ({without.candidate.spec.name})"
             raise InvalidArgumentError(f"dtb={dtb:#x} is no page table of the Linux {without.release} here: {right}")
@@ -90,6 +91,15 @@ def find_kernel(
     if found_only is not None:
         return found_only
     raise NotRecognisedError(_why_not(memory, texts))
+
+
+def _kernels(
+    memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None
+) -> Iterator[Iterator[Found]]:
+    """The kernels that prove themselves, by each way to find them, the cheapest first."""
+    yield described(memory, texts, keep=keep, dtb=dtb)
+    yield concatenated(memory, keep=keep, dtb=dtb)
+    yield unaided(memory, keep=keep, dtb=dtb)
 
 
 def runs(found: Found, registers: Sequence[Mapping[str, int]]) -> bool:
