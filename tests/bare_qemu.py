@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import require
+from support import ends_with_us, require
 
 PLACE = 0x20_0000
 """Physical address of the known bytes."""
@@ -73,13 +73,12 @@ def bare_machine(*words: str, known: bytes | None = None) -> Iterator[BareMachin
     require(binary is not None, "qemu-system-x86_64 is missing")
     assert binary is not None
     known = os.urandom(1 << 20) if known is None else known
-    ends_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     with tempfile.TemporaryDirectory(prefix="cloudfs-bare-") as name:
         folder = Path(name)
         (folder / "known").write_bytes(known)
         process = subprocess.Popen(
             [
-                *ends_with_us, binary, "-accel", "tcg", "-m", f"{RAM >> 20}M", "-nodefaults", "-no-user-config",
+                *ends_with_us(), binary, "-accel", "tcg", "-m", f"{RAM >> 20}M", "-nodefaults", "-no-user-config",
                 "-display", "none", "-gdb", f"unix:{name}/gdb,server=on,wait=off",
                 "-monitor", f"unix:{name}/monitor,server=on,wait=off",
                 "-device", f"loader,file={name}/known,addr={PLACE:#x},force-raw=on", *words,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from types import FrameType
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,3 +21,12 @@ os.environ["CLOUDFS_NO_CACHE"] = "1"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the test command; they must stand here to be known whatever is run."""
     parser.addoption("--all-guests", action="store_true", help="boot every guest of tests/guests, not only those of CI")
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: what they have mounted or started is taken away."""
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import require
+from support import ends_with_us, require
 
 START_SECONDS = 15
 
@@ -75,9 +75,10 @@ def mounted(*arguments: str, limit: float = 90, environment: dict[str, str] | No
     top = Path(tempfile.mkdtemp(prefix="cloudfs-test-"))
     folder, log = top / "mount", top / "log"
     folder.mkdir()
+    words = ends_with_us("TERM") if threading.current_thread() is threading.main_thread() else []
     with open(log, "wb") as output:
         daemon = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-W", "error", "-m", "cloudfs", "mount", *arguments, str(folder)],
+            [*words, sys.executable, "-X", "dev", "-W", "error", "-m", "cloudfs", "mount", *arguments, str(folder)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from guests.catalogue import MACHINES
 from guests.kernels import GuestError, MissingError, provide
-from guests.machine import BOOT_LIMIT, _ends_with_us
+from guests.machine import BOOT_LIMIT
 from guests.monitor import Monitor, Serial
 from guests.program import compiled, initramfs
 from guests.truth import Truth
+from support import ends_with_us
 
 
 @dataclass
@@ -118,7 +119,7 @@ def qemu(
         folder = Path(name)
         prepare(folder)
         words = [
-            *_ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
+            *ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
             "-accel", "tcg", "-machine", machine, "-nodefaults", "-no-user-config", "-display", "none",
             "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
             *(word.replace("{folder}", str(folder)) for word in more),

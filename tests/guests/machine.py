@@ -19,6 +19,7 @@ from guests.kernels import GuestError, MissingError, provide
 from guests.monitor import Debugger, Monitor, Serial
 from guests.program import compiled, initramfs
 from guests.truth import Truth, parse_sections
+from support import ends_with_us
 
 BOOT_LIMIT = 240.0
 """Seconds for a boot on a busy machine; alone it takes two to ten."""
@@ -151,7 +152,7 @@ def started(guest: Guest, archive: bytes | None = None) -> Iterator[RunningGuest
         (folder / "initramfs").write_bytes(archive)
         with open(folder / "errors", "wb") as errors:
             process = subprocess.Popen(
-                [*_ends_with_us(), *command_line(guest, folder)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
+                [*ends_with_us(), *command_line(guest, folder)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
             )
         running = None
         try:
@@ -167,11 +168,6 @@ def started(guest: Guest, archive: bytes | None = None) -> Iterator[RunningGuest
                 running.close()
             process.kill()
             process.wait(30)
-
-
-def _ends_with_us() -> list[str]:
-    """Words before a command, by which it is killed even when we are (setpriv of util-linux)."""
-    return ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 
 @contextlib.contextmanager
