@@ -28,10 +28,12 @@ from cloudfs.fast_loop import FastLoop, WaitReadable, make_eager_wait
 from cloudfs.inodes import DEFAULT_BOUND, ROOT_INODE
 from cloudfs.mountpoint import MountEntry, MountError
 from cloudfs.node import Directory
-from cloudfs.operations import Counters, Owner, TreeOperations
+from cloudfs.node_calls import Counters
+from cloudfs.operations import TreeOperations
 from cloudfs.resting import Rest
 from cloudfs.seeking import Seeks
 from cloudfs.shortcuts import Shortcuts
+from cloudfs.shown_attributes import Owner
 from cloudfs.watchdog import Watchdog
 from engine.errors import EngineError, InvalidArgumentError
 

@@ -12,90 +12,32 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 import operator
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import pyfuse3
 import trio
-from pyfuse3 import (
-    EntryAttributes,
-    FileInfo,
-    FUSEError,
-    ReaddirToken,
-    RequestContext,
-    SetattrFields,
-    StatvfsData,
-)
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from cloudfs import errno_table
-from cloudfs.bug_log import BugLog
-from cloudfs.inodes import DEFAULT_BOUND, Entry, InodeTable
+from cloudfs.directory_handlers import DirectoryHandlers, ReaddirReply
+from cloudfs.inodes import DEFAULT_BOUND, InodeTable
 from cloudfs.leased_files import Expired, LeasedFiles
-from cloudfs.listing import attributes_of, only_type, snapshot
-from cloudfs.node import (
-    NAME_MAX,
-    Attributes,
-    BrokenNodeError,
-    Directory,
-    File,
-    Link,
-    Node,
-    OpenFile,
-)
+from cloudfs.node import NAME_MAX, BrokenNodeError, Directory, File, Link, Node, OpenFile
+from cloudfs.node_calls import Counters, broken, guarded
+from cloudfs.pruning import Invalidate
 from cloudfs.shim import FLUSHED
 from cloudfs.shortcuts import Shortcuts
+from cloudfs.shown_attributes import Owner
 from cloudfs.watchdog import Watchdog
-from cloudfs.worker_threads import SCRATCH_SIZE, ScratchPool, WorkerThreads, new_scratch
+from cloudfs.worker_threads import SCRATCH_SIZE, ScratchPool, new_scratch
 from engine.errors import InvalidArgumentError, NotFoundError, ReadOnlyError, TargetTimeoutError
 from engine.leases import Lease
 
-log = logging.getLogger(__name__)
-
-MAX_SIZE = (1 << 63) - 1
-"""Of a file: off_t is signed."""
 MAX_LINK = 4095
 """Bytes of a link's text: PATH_MAX without its NUL."""
-DOTS = (b".", b"..")
-ROUND = 30.0
-"""Seconds after which, where many nodes are known, directories that nobody used in them are forgotten."""
-READDIR_BATCH = 256
-"""Children whose attributes are asked for in one thread; a readdir reply holds about 200."""
 RELEASE = operator.methodcaller("release")
-
-P = ParamSpec("P")
-T = TypeVar("T")
-Invalidate = Callable[[int, bytes], None]
-ReaddirReply = Callable[[ReaddirToken, bytes, EntryAttributes, int], bool]
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the mount did so far; another thread may read it."""
-
-    reads: int = 0
-    bytes_read: int = 0
-    writes: int = 0
-    bytes_written: int = 0
-    errors: int = 0
-    """Requests that were refused, look-ups of what does not exist aside."""
-    bugs: int = 0
-    """Exceptions that nobody raises on purpose."""
-    skipped: int = 0
-    """Entries left out of listings: impossible names, nodes that are none."""
-
-
-@dataclass(slots=True)
-class Owner:
-    """What a node's attributes show where they say None."""
-
-    uid: int = field(default_factory=os.getuid)
-    gid: int = field(default_factory=os.getgid)
-    time_ns: int = field(default_factory=time.time_ns)
 
 
 class Handle:
@@ -113,38 +55,7 @@ class Handle:
         self.shortened = type(file).shortcut is not OpenFile.shortcut
 
 
-class Listing:
-    """An open directory: a snapshot, so that offsets mean the same in every readdir of one pass."""
-
-    __slots__ = ("begun", "children", "entry", "hangs")
-
-    def __init__(self, entry: Entry, children: list[tuple[bytes, Node]]) -> None:
-        self.entry = entry
-        self.children = children
-        self.begun = False
-        """It was read from: whoever reads from its start again wants a new snapshot."""
-        self.hangs = False
-        """The attributes of a child did not come in time: no more are waited for."""
-
-
-def guarded(
-    handler: Callable[Concatenate[TreeOperations, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[TreeOperations, P], Coroutine[Any, Any, T]]:
-    """The boundary: whatever a handler raises leaves it as a FUSEError."""
-
-    @functools.wraps(handler)
-    async def with_boundary(self: TreeOperations, /, *arguments: P.args, **keywords: P.kwargs) -> T:
-        try:
-            return await handler(self, *arguments, **keywords)
-        except FUSEError:
-            raise
-        except (Exception, SystemExit) as error:
-            self.refuse(error, handler.__name__)
-
-    return with_boundary
-
-
-class TreeOperations(pyfuse3.Operations):
+class TreeOperations(DirectoryHandlers):
     """The handlers of one mount.
 
     `invalidate(parent inode, name)` and `readdir_reply` are pyfuse3's but in tests. With `reraise`, a bug
@@ -168,144 +79,37 @@ class TreeOperations(pyfuse3.Operations):
         readdir_reply: ReaddirReply = pyfuse3.readdir_reply,
         reraise: bool = False,
     ) -> None:
+        super().__init__(
+            InodeTable(root, inode_bound),
+            timeout,
+            counters or Counters(),
+            watchdog or Watchdog(lambda: None),
+            owner or Owner(),
+            invalidate or _invalidate,
+            readdir_reply,
+            reraise=reraise,
+        )
         self._root = root
-        self.inodes = InodeTable(root, inode_bound)
-        self.counters = counters or Counters()
-        self.threads = WorkerThreads(timeout)
-        self.watchdog = watchdog or Watchdog(lambda: None)
         self.shortcuts: Shortcuts | None = None
         self.initialised = trio.Event()
         """Set while INIT is answered: whoever waits for it runs after the answer."""
-        self._owner = owner or Owner()
-        self._invalidate = invalidate or _invalidate
-        self._readdir_reply = readdir_reply
-        self._reraise = reraise
         self.places: Callable[[], Iterable[tuple[bytes, ...]]] = tuple
         """The directories in which processes stand, as names from the root on."""
-        self._next_round = 0.0
         self._handles: dict[int, Handle] = {}
         self._leased = LeasedFiles(self._expire, invalidate_inode, self.inodes.__contains__)
-        self._listings: dict[int, Listing] = {}
-        self._last_handle = 0
         self._scratch = new_scratch()
         self._scratches = ScratchPool()
-        self._shown = EntryAttributes()
-        self._shown_attributes: Attributes | None = None
-        self._shown_time: int | None = None
-        self._bugs = BugLog()
 
     def init(self) -> None:
         """The first request of the connection."""
         self.initialised.set()
 
-    # -- errors ------------------------------------------------------------------------------------------
-
-    def refuse(self, error: BaseException, what: str) -> NoReturn:
-        """Raise the FUSEError that `error` becomes, and log it."""
-        if errno_table.is_bug(error):
-            self.report_bug(error, what)
-            if self._reraise:
-                raise error
-        elif log.isEnabledFor(logging.DEBUG):
-            log.debug("%s refused: %s", what, errno_table.sentence(error))
-        if not (what == "lookup" and isinstance(error, NotFoundError)):
-            self.counters.errors += 1
-        raise FUSEError(errno_table.errno_of(error)) from None
-
-    def report_bug(self, error: BaseException, what: str) -> None:
-        """Count a bug, and log it."""
-        self.counters.bugs += 1
-        self._bugs.report(error, what)
-
-    # -- calling nodes -----------------------------------------------------------------------------------
-
-    async def call(
-        self, node: Node, verb: str, function: Callable[[], T], discard: Callable[[T], object] | None = None
-    ) -> T:
-        """What `function` of a node gives; in a thread where the node may block."""
-        if node.may_block:
-            return await self.in_thread(node.thread_group, node, verb, function, discard)
-        self.watchdog.enter()
-        try:
-            return function()
-        finally:
-            self.watchdog.leave()
-
-    async def in_thread(
-        self,
-        group: object,
-        node: Node,
-        verb: str,
-        function: Callable[[], T],
-        discard: Callable[[T], object] | None = None,
-    ) -> T:
-        """The same in a thread."""
-        return await self.threads.run(group, function, f"{verb} of {node.identity!r}", discard)
-
-    def _show(self, entry: Entry, attributes: Attributes, timeout: float) -> EntryAttributes:
-        """The one EntryAttributes object, filled: pyfuse3 copies it before anything else can run."""
-        shown = self._shown
-        if attributes is not self._shown_attributes:
-            self._shown_attributes = None  # until all of it stands there
-            self._fill(shown, attributes)
-            self._shown_attributes = attributes
-        shown.st_ino = entry.inode
-        shown.entry_timeout = shown.attr_timeout = timeout
-        return shown
-
-    def _fill(self, shown: EntryAttributes, attributes: Attributes) -> None:
-        owner = self._owner
-        size = attributes.size
-        if not 0 <= size <= MAX_SIZE:
-            size = MAX_SIZE if size > 0 else 0
-        uid, gid, when, blocks = attributes.uid, attributes.gid, attributes.mtime_ns, attributes.blocks
-        shown.st_mode = attributes.mode
-        shown.st_nlink = attributes.nlink
-        shown.st_uid = owner.uid if uid is None else uid
-        shown.st_gid = owner.gid if gid is None else gid
-        shown.st_size = size
-        shown.st_blocks = (size + 511) // 512 if blocks is None else blocks
-        if when is None:
-            when = owner.time_ns
-        if when != self._shown_time:  # three setters, dearer than all the others together
-            self._shown_time = None
-            shown.st_atime_ns = shown.st_mtime_ns = shown.st_ctime_ns = when
-            self._shown_time = when
-
-    def _directory(self, entry: Entry) -> Directory:
-        if not isinstance(entry.node, Directory):
-            raise NotADirectoryError(f"{entry.identity!r} is not a directory")
-        self.inodes.touch(entry)
-        return entry.node
-
-    def _shrink(self) -> None:
-        for parent, name in self.inodes.surplus(self._in_use):
-            self._invalidate(parent, name)
-        now = time.monotonic()
-        if now >= self._next_round:
-            self._next_round = now + ROUND
-            if self.inodes.round_is_due:
-                self.forget_stale()
-
-    def forget_stale(self, *, each: bool = False) -> None:
-        """Ask the kernel to forget directories that nobody used since this was called last; with `each`, all."""
-        for parent, name in self.inodes.stale(self._in_use(), each=each):
-            self._invalidate(parent, name)
-
-    def forget_remaining(self) -> None:
-        """Ask the kernel to forget every node by its own name."""
-        for parent, name in self.inodes.remaining(self._in_use()):
-            self._invalidate(parent, name)
-
     def _in_use(self) -> set[int | None]:
-        """What is open, and the directories in which processes stand.
-
-        Their names must stay valid: else getcwd(2) fails there, and /proc says of open files that they were deleted.
-        """
+        """What is open, and the directories in which processes stand."""
         inodes = self.inodes
         used = {inodes.inode_at(names) for names in self.places()}
         used |= {inodes.inode_of(handle.node) for handle in self._handles.values()}
-        return used | {listing.entry.inode for listing in self._listings.values()}
+        return used | super()._in_use()
 
     def rest(self) -> None:
         """Let go of what is kept for the next request alone."""
@@ -314,7 +118,7 @@ class TreeOperations(pyfuse3.Operations):
         except Exception as error:
             self.report_bug(error, "the rest")
         self.inodes.compact()
-        self._shown_attributes = None
+        self._shown.forget()
 
     # -- names and attributes ----------------------------------------------------------------------------
 
@@ -327,7 +131,7 @@ class TreeOperations(pyfuse3.Operations):
         if child is None:
             raise NotFoundError(f"{os.fsdecode(name)!r} does not exist")
         if not isinstance(child, Node):
-            raise BrokenNodeError(f"{_name(directory)} has the child {child!r:.80}, which is no node")
+            raise BrokenNodeError(f"{broken(directory)} has the child {child!r:.80}, which is no node")
         entry = self.inodes.remember(parent, name, child)
         node = entry.node
         try:
@@ -335,7 +139,7 @@ class TreeOperations(pyfuse3.Operations):
         except BaseException:
             self.inodes.forget(entry.inode, 1)
             raise
-        self._shrink()
+        self.pruning.shrink()
         return shown
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -377,138 +181,8 @@ class TreeOperations(pyfuse3.Operations):
             raise InvalidArgumentError(f"{node.identity!r} is not a link")
         text = os.fsencode(await self.call(node, "readlink", node.target))
         if not 0 < len(text) <= MAX_LINK or b"\0" in text:
-            raise BrokenNodeError(f"{_name(node)} leads to {text[:80]!r}, which no link can")
+            raise BrokenNodeError(f"{broken(node)} leads to {text[:80]!r}, which no link can")
         return text
-
-    # -- directories -------------------------------------------------------------------------------------
-
-    @guarded
-    async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """A handle on a snapshot of the children.
-
-        It is taken here, as /proc checks permissions here: programs expect errors of opendir(3). One of
-        readdir(3) makes ripgrep 13 ask again for ever.
-        """
-        entry = self.inodes.entry(inode)
-        listing = Listing(entry, await self._children(entry))
-        self._last_handle += 1
-        self._listings[self._last_handle] = listing
-        return self._last_handle
-
-    @guarded
-    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        """Reply with the children from number `start_id` on, as many as the kernel's buffer takes."""
-        listing = self._listings[fh]
-        if start_id == 0 and listing.begun:
-            listing.children = await self._children(listing.entry)
-            listing.hangs = False
-        listing.begun = True
-        children = listing.children
-        first = max(0, start_id - len(DOTS))
-        batch = children[first : first + READDIR_BATCH]  # the kernel asks again for those behind it
-        waited = await self._blocking_attributes(listing, batch)
-        self.watchdog.enter()
-        try:
-            if self._reply_dots(listing.entry, token, start_id):
-                self._reply_children(listing.entry, token, batch, first + len(DOTS) + 1, waited)
-        finally:
-            self.watchdog.leave()
-        self._shrink()
-
-    def _reply_dots(self, entry: Entry, token: ReaddirToken, start_id: int) -> bool:
-        """Put `.` and `..` into the reply; the kernel counts no look-up for these."""
-        for index in range(start_id, len(DOTS)):
-            shown = self._show(entry if index == 0 else entry.parent or entry, only_type(entry.node), 0.0)
-            if not self._readdir_reply(token, DOTS[index], shown, index + 1):
-                return False
-        return True
-
-    async def _children(self, entry: Entry) -> list[tuple[bytes, Node]]:
-        """The children that can be listed. Names gone since the last listing are invalidated."""
-        directory = self._directory(entry)
-        found = await self.call(directory, "listing", functools.partial(snapshot, directory))
-        self.counters.skipped += found.skipped
-        if found.skipped:
-            log.info("%d entries of %r cannot be listed", found.skipped, entry.identity)
-        error = found.take_error()
-        try:
-            if error is None:
-                for parent, name in self.inodes.vanished(entry, {name for name, _ in found.children}):
-                    self._invalidate(parent, name)
-            elif found.children:
-                self.report_bug(error, f"the listing of {entry.identity!r}")
-            else:
-                raise error
-        finally:
-            del error
-        return found.children
-
-    async def _blocking_attributes(
-        self, listing: Listing, children: list[tuple[bytes, Node]]
-    ) -> dict[int, Attributes | Exception]:
-        """The attributes of the children that may block, asked for in one thread, by `id`."""
-        blocking = [node for _, node in children if node.may_block]
-        if not blocking:
-            return {}
-        found: list[Attributes | Exception] = []
-        if not listing.hangs:
-            nodes = [self.inodes.known(node) for node in blocking]
-            ask = functools.partial(attributes_of, nodes)
-            try:
-                found = await self.in_thread(nodes[0].thread_group, listing.entry.node, "listing", ask)
-            except TargetTimeoutError as error:
-                listing.hangs = True
-                log.warning("%s; its children are listed without attributes", errno_table.sentence(error))
-        late = TargetTimeoutError("the attributes did not come in time")
-        return {id(node): found[index] if found else late for index, node in enumerate(blocking)}
-
-    def _reply_children(
-        self,
-        parent: Entry,
-        token: ReaddirToken,
-        children: list[tuple[bytes, Node]],
-        next_id: int,
-        waited: dict[int, Attributes | Exception],
-    ) -> None:
-        """Put children into the reply until the kernel's buffer is full.
-
-        One that vanished meanwhile is left out, one whose attributes fail is listed with its type alone.
-        """
-        remember, reply = self.inodes.remember, self._readdir_reply
-        for position, (name, child) in enumerate(children, next_id):
-            try:
-                entry = remember(parent, name, child)
-            except Exception as error:
-                self.counters.skipped += 1
-                self.report_bug(error, f"the listing of {parent.identity!r}")
-                continue
-            node = entry.node
-            try:
-                attributes = (waited and waited.get(id(child))) or node.attributes()
-                if isinstance(attributes, Exception):  # never raised: it would hold this frame, which holds it
-                    shown = self._show_despite(attributes, entry)
-                else:
-                    shown = self._show(entry, attributes, node.timeout)
-            except Exception as error:
-                shown = self._show_despite(error, entry)
-            if shown is None:
-                self.inodes.forget(entry.inode, 1)
-                continue
-            if not reply(token, name, shown, position):
-                self.inodes.forget(entry.inode, 1)
-                break
-
-    def _show_despite(self, error: Exception, entry: Entry) -> EntryAttributes | None:
-        """The type alone of a child whose attributes failed; None where it has vanished."""
-        if isinstance(error, NotFoundError | FileNotFoundError | ProcessLookupError):
-            return None
-        if errno_table.is_bug(error):
-            self.report_bug(error, f"the attributes of {entry.node.identity!r}")
-        return self._show(entry, only_type(entry.node), 0.0)
-
-    async def releasedir(self, fh: int) -> None:
-        """The directory is closed."""
-        self._listings.pop(fh, None)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -536,11 +210,12 @@ class TreeOperations(pyfuse3.Operations):
             raise PermissionError(f"{node.identity!r} can be neither truncated nor appended to")
         file = await self.call(node, "open", functools.partial(node.open, flags), RELEASE)
         if not isinstance(file, OpenFile):
-            raise BrokenNodeError(f"{_name(node)} opened as {file!r:.80}, which is no OpenFile")
+            raise BrokenNodeError(f"{broken(node)} opened as {file!r:.80}, which is no OpenFile")
         if file.lease is not None and not self._leased.add(file.lease, inode):
             file.lease, file.direct_io, file.keep_cache = None, True, False
-        self._last_handle += 1
-        number = self._last_handle | FLUSHED if node.takes_commands else self._last_handle
+        number = self._next_handle()
+        if node.takes_commands:
+            number |= FLUSHED
         self._handles[number] = Handle(node, file)
         if file.keep_cache and not file.direct_io:
             self.inodes.keep(inode)
@@ -587,9 +262,9 @@ class TreeOperations(pyfuse3.Operations):
             elif type(data) is bytes:
                 length = len(data)
             else:
-                raise BrokenNodeError(f"{_name(handle.node)} gave {data!r:.80} when read")
+                raise BrokenNodeError(f"{broken(handle.node)} gave {data!r:.80} when read")
             if length > size:
-                raise BrokenNodeError(f"{_name(handle.node)} gave {length} bytes when {size} were read")
+                raise BrokenNodeError(f"{broken(handle.node)} gave {length} bytes when {size} were read")
             counters = self.counters
             counters.reads += 1
             counters.bytes_read += length
@@ -635,7 +310,7 @@ class TreeOperations(pyfuse3.Operations):
             finally:
                 self.watchdog.leave()
         if type(count) is not int or not (0 < count <= len(buf) or count == len(buf)):
-            raise BrokenNodeError(f"{_name(handle.node)} took {count!r:.80} of {len(buf)} bytes written")
+            raise BrokenNodeError(f"{broken(handle.node)} took {count!r:.80} of {len(buf)} bytes written")
         self.counters.writes += 1
         self.counters.bytes_written += count
         if handle.shortened and self.shortcuts is not None:
@@ -698,10 +373,6 @@ class TreeOperations(pyfuse3.Operations):
         self.refuse(PermissionError("nothing can be made, removed or renamed here"), "a change of the tree")
 
     create = mkdir = mknod = symlink = link = unlink = rename = _not_permitted
-
-
-def _name(node: Node) -> str:
-    return f"{type(node).__name__} {node.identity!r}"
 
 
 def _invalidate(parent: int, name: bytes) -> None:

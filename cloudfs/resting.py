@@ -78,7 +78,8 @@ class Rest:
     async def _rest(self) -> None:
         operations = self._operations
         if operations.inodes.above_rest:
-            for ask in (functools.partial(operations.forget_stale, each=True), operations.forget_remaining):
+            pruning = operations.pruning
+            for ask in (functools.partial(pruning.forget_stale, each=True), pruning.forget_remaining):
                 ask()
                 await self._settle()
         operations.rest()

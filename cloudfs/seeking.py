@@ -11,8 +11,9 @@ from pyfuse3 import FUSEError
 
 from cloudfs import errno_table
 from cloudfs.node import BrokenNodeError, seek_dense
-from cloudfs.operations import MAX_SIZE, Handle, TreeOperations
+from cloudfs.operations import Handle, TreeOperations
 from cloudfs.shim import Reply
+from cloudfs.shown_attributes import MAX_SIZE
 
 log = logging.getLogger(__name__)
 

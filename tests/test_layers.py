@@ -121,10 +121,15 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.listing": ("cloudfs.inodes",),
     "cloudfs.worker_threads": ("engine.errors",),
     "cloudfs.bug_log": ("cloudfs.node",),
-    "cloudfs.operations": (
-        "cloudfs.inodes", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.listing", "cloudfs.worker_threads",
-        "cloudfs.bug_log", "cloudfs.shortcuts", "cloudfs.leased_files",
+    "cloudfs.node_calls": (
+        "cloudfs.node", "cloudfs.errno_table", "cloudfs.watchdog", "cloudfs.worker_threads", "cloudfs.bug_log",
     ),
+    "cloudfs.shown_attributes": ("cloudfs.inodes",),
+    "cloudfs.pruning": ("cloudfs.inodes",),
+    "cloudfs.directory_handlers": (
+        "cloudfs.node_calls", "cloudfs.listing", "cloudfs.shown_attributes", "cloudfs.pruning",
+    ),
+    "cloudfs.operations": ("cloudfs.directory_handlers", "cloudfs.shortcuts", "cloudfs.leased_files"),
     "cloudfs.mount": (
         "cloudfs.seeking", "cloudfs.mountpoint", "cloudfs.fast_loop", "cloudfs.nodes.root", "cloudfs.resting",
     ),
@@ -141,7 +146,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 FUSE = {
     "cloudfs.mount", "cloudfs.operations", "cloudfs.fast_loop", "cloudfs.worker_threads", "cloudfs.seeking",
-    "cloudfs.doctor", "cloudfs.leased_files", "cloudfs.resting",
+    "cloudfs.doctor", "cloudfs.leased_files", "cloudfs.resting", "cloudfs.node_calls", "cloudfs.shown_attributes",
+    "cloudfs.directory_handlers",
 }  # fmt: skip
 """Only these import pyfuse3 and trio, what runs blocking work among them: the rest must not pay for them."""
 

@@ -33,7 +33,9 @@ from made_up_tree import (
 )
 
 from cloudfs.node import Attributes, Directory, Node, OpenFile
-from cloudfs.operations import Counters, Owner, TreeOperations
+from cloudfs.node_calls import Counters
+from cloudfs.operations import TreeOperations
+from cloudfs.shown_attributes import Owner
 
 T = TypeVar("T")
 CONTEXT: Any = None

@@ -9,7 +9,7 @@ import pytest
 
 from cloudfs import shortcuts
 from cloudfs.node import OpenFile
-from cloudfs.operations import Counters
+from cloudfs.node_calls import Counters
 from cloudfs.shim import COUNTS, SHORTCUTS, USED
 from cloudfs.shortcuts import AGE, Shortcuts
 from engine.errors import ProcessExitedError
