@@ -142,6 +142,11 @@ class Process(Capable):
     def regions(self) -> Iterator[Region]:
         """Its mapped ranges, ascending."""
 
+    @property
+    def tells_modules(self) -> bool:
+        """Whether `modules` knows what is mapped into it; else nothing is to be shown of them. Reads no memory."""
+        return True
+
     def modules(self) -> Iterator[Module]:
         """The images mapped into it, the executable first."""
         return iter(())
@@ -203,6 +208,11 @@ class OsLayer(Capable):
                 continue
             yield process
 
+    @property
+    def tells_modules(self) -> bool:
+        """Whether `modules` knows the kernel's; else nothing is to be shown of them. Reads no memory."""
+        return True
+
     def modules(self) -> Iterator[Module]:
         """The kernel's modules (drivers)."""
         return iter(())
@@ -225,6 +235,10 @@ class ProcFiles(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes:
         """The whole of one file. Raises AccessDeniedError, ProcessExitedError."""
+
+    def links(self) -> tuple[str, ...]:
+        """Which links are told, of exe, cwd and root; and `fd` where `descriptors` are. Reads no memory."""
+        return "exe", "cwd", "root", "fd"
 
     @abstractmethod
     def link(self, name: str) -> str:

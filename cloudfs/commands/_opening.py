@@ -12,9 +12,9 @@ from typing import Literal
 
 from cloudfs.commands._arguments import Shape, UsageError, Words, assign, is_pid
 from engine import registry
-from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError
+from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError, UnsupportedError
 from engine.machine import Instance, Machine
-from engine.oslayer import OsLayer, Process
+from engine.oslayer import Module, OsLayer, Process
 from engine.targets import Chain, Link, chain_of, open_chain, target_link
 from engine.types import ProcessInfo
 
@@ -67,6 +67,13 @@ class Opened:
     def connector(self) -> Instance | None:
         """The connector at the top of the chain, below the OS layer if there is one."""
         return self.instance if self.instance.kind == "connector" else self.instance.parent
+
+
+def kernel_modules(target: Opened) -> Iterator[Module]:
+    """The modules of its kernel. Raises UnsupportedError where they are not known."""
+    if not target.layer.tells_modules:
+        raise UnsupportedError(f"which modules the kernel of {target.name} has is not known{target.advice('lsmod(8)')}")
+    return target.layer.modules()
 
 
 def words_of(arguments: argparse.Namespace, shape: Shape) -> Words:

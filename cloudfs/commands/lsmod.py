@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
-from cloudfs.commands._opening import opened, words_of
+from cloudfs.commands._opening import kernel_modules, opened, words_of
 from cloudfs.commands._output import Output
 from cloudfs.render import Column, module_record
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     words = words_of(arguments, SHAPE)
     output = Output("lsmod", json=arguments.json, no_color=arguments.no_color)
     with opened(arguments, words) as target:
-        rows = [module_record(module.info) for module in target.layer.modules()]
+        rows = [module_record(module.info) for module in kernel_modules(target)]
     if output.json:
         output.document(rows)
     else:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from cloudfs.commands._arguments import Exit, Parser, Shape, add_chain_options
-from cloudfs.commands._opening import opened, process_of, words_of
+from cloudfs.commands._opening import kernel_modules, opened, process_of, words_of
 from cloudfs.commands._output import Output
 from cloudfs.render import Column, module_record
 from engine.errors import UnsupportedError
@@ -41,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output("modules", json=arguments.json, no_color=arguments.no_color)
     with opened(arguments, words) as target:
         if words.process is None:
-            rows = [module_record(module.info) for module in target.layer.modules()]
+            rows = [module_record(module.info) for module in kernel_modules(target)]
         else:
             with process_of(target, words.process) as process:
-                if any(region.source is not None for region in process.regions()):
+                if not process.tells_modules:
                     raise UnsupportedError(f"which files are mapped into a process of {target.name} is not known")
                 rows = [module_record(module.info) for module in process.modules()]
         if output.json:

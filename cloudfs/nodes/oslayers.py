@@ -105,7 +105,7 @@ def mem(system: InstanceContext) -> Node | None:
 @os_entry("modules")
 def modules(system: InstanceContext) -> Node | None:
     """The kernel's modules (drivers), each a directory."""
-    return ModulesDirectory(system)
+    return ModulesDirectory(system) if system.check().layer.tells_modules else None
 
 
 @os_entry("processes")

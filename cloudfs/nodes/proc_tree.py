@@ -15,7 +15,7 @@ from cloudfs.nodes.directories import ContextDirectory, ContextLink
 from cloudfs.nodes.files.text import TextFile
 from cloudfs.nodes.kept import KEPT
 from cloudfs.nodes.net import NetDirectory
-from cloudfs.nodes.procfs import MODES, decimal, files_of
+from cloudfs.nodes.procfs import MODES, decimal, files_of, tells_link
 from cloudfs.render import maps_text, symbol_line
 from engine.errors import EngineError, NotFoundError, UnsupportedError
 from engine.oslayer import KernelConfig, ProcFiles, Sockets, Symbols, SystemFiles
@@ -179,9 +179,9 @@ class ProcProcess(_OfProcess):
         if process.capability(ProcFiles) is None:
             return None
         if name in LINKS:
-            return ProcLink(process, name)
+            return ProcLink(process, name) if tells_link(process, name) else None
         if name in ("fd", "fdinfo"):
-            return ProcDescriptors(process, name)
+            return ProcDescriptors(process, name) if tells_link(process, "fd") else None
         if name == "task":
             return ProcThreads(process)
         if name == "net":

@@ -60,4 +60,4 @@ def regions(process: ProcessContext) -> Node | None:
 @process_entry("modules")
 def modules(process: ProcessContext) -> Node | None:
     """Its executable and libraries, each a directory."""
-    return ModulesDirectory(process)
+    return ModulesDirectory(process) if process.process().tells_modules else None

@@ -104,7 +104,7 @@ for _name, _summary in {
     "cmdline": "Its arguments, each followed by NUL.",
     "environ": "Its environment as it was when the program began, each variable followed by NUL.",
     "comm": "Its name.",
-    "stat": "Its state as numbers, in the format of /proc/PID/stat.",
+    "stat": "Its state as numbers, in the format of /proc/PID/stat; what is not known is 0.",
     "status": "Its state for people, in the format of /proc/PID/status.",
     "statm": "Its sizes in pages, in the format of /proc/PID/statm.",
     "cgroup": "Its control groups, in the format of /proc/PID/cgroup.",
@@ -160,9 +160,15 @@ class TargetLink(Link):
         return text if self._process.is_host() else f"{self._process.instance.name}:{text}"
 
 
+def tells_link(process: ProcessContext, name: str) -> bool:
+    """Whether the OS layer knows a link of a process, or, by `fd`, what it has open."""
+    files = process.capability(ProcFiles)
+    return files is not None and name in files.links()
+
+
 def _register_link(name: str, summary: str) -> None:
     def make(process: ProcessContext) -> Node | None:
-        return None if process.capability(ProcFiles) is None else TargetLink(process, name)
+        return TargetLink(process, name) if tells_link(process, name) else None
 
     make.__doc__ = summary
     process_entry(name)(make)
@@ -176,7 +182,7 @@ _register_link("root", "Its root directory.")
 @process_entry("fd")
 def descriptors(process: ProcessContext) -> Node | None:
     """What it has open: a link for each descriptor."""
-    return None if process.capability(ProcFiles) is None else DescriptorsDirectory(process)
+    return DescriptorsDirectory(process) if tells_link(process, "fd") else None
 
 
 class DescriptorsDirectory(ContextDirectory[ProcessContext]):

@@ -48,6 +48,7 @@ KNOW = (
     "  grep belongs on regions/: below the whole tree a byte appears again and again.",
     f"  Of size 0, and not empty: {' '.join(UNSIZED)}.",
     "  tar and rsync store nothing of them, nor of proc/, where links are the target's own: follow none.",
+    "  Of another machine a 0 in a process's stat may mean «not known»; status leaves such a line out.",
     "  In names %XX is a byte no name should hold; one that ends in ~ and a hash was cut (see info).",
     "  Keep indexers and backups out: .ignore and CACHEDIR.TAG tell those that ask.",
 )
@@ -89,4 +90,12 @@ def _process_examples(instance: Instance) -> Iterator[str]:
     yield f"cat {process}/maps"
     yield f"xxd -s 0x$(head -n 1 {process}/maps | cut -d - -f 1) -l 64 {process}/mem"
     yield f"grep -rl PATH= {process}/regions"
-    yield f"ls {process}/modules"
+    if _tells_modules(instance, pids[0]):
+        yield f"ls {process}/modules"
+
+
+def _tells_modules(instance: Instance, pid: int) -> bool:
+    try:
+        return instance.process(pid).tells_modules
+    except EngineError:
+        return False

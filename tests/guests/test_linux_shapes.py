@@ -222,7 +222,9 @@ def test_what_is_not_known_is_refused_and_never_empty(shaped):
     info = process.info
     assert info.executable is None
     assert info.extra["namespaces"] is None
+    assert not process.tells_modules
     files = process.capability(ProcFiles)
+    assert files.links() == ()
     for name in ("exe", "cwd", "root", "fd/0"):
         with pytest.raises(NotFoundError):
             files.link(name)

@@ -255,6 +255,12 @@ class LinuxLayer(OsLayer):
         """See `OsLayer.kernel_memory`."""
         return None if isinstance(self._kernel, Recognised) else self.kernel.found.memory
 
+    @property
+    def tells_modules(self) -> bool:
+        """See `OsLayer.tells_modules`. Where only shape could tell, that takes a search: it is taken to find them."""
+        types = self._kernel.profile.types if isinstance(self._kernel, Kernel) else None
+        return types is not None and (not types.whole or types.struct("module") is not None)
+
     def modules(self) -> Iterator[Module]:
         """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell."""
         try:

@@ -268,6 +268,11 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         memory = self.memory
         return memory.physical_maps() if isinstance(memory, VirtualMemory) else iter(())
 
+    @property
+    def tells_modules(self) -> bool:
+        """See `Process.tells_modules`: page tables do not tell which files are mapped."""
+        return self.kernel.knows("vm_area_struct")
+
     def modules(self) -> Iterator[Module]:
         """See `Process.modules`."""
         return process_images(self)

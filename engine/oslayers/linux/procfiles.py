@@ -1,7 +1,7 @@
 """A process's files in the formats of /proc/PID, made from the kernel's records.
 
-What the kernel counts elsewhere than in its records of the process is as its records have it; a number that is not
-known is 0 in `stat`, which has no word for that, and its line is left out of `status`.
+What the kernel counts elsewhere than in its records of the process is as its records have it; a line that is not known
+is left out of `status`, and what `stat` has, which knows no word for that, stands in `procstat`.
 
 Sources: Linux fs/proc/{array,base,fd}.c, kernel/user_namespace.c, include/linux/task_io_accounting.h,
 Documentation/filesystems/proc.rst; releases 5.10 to 7.x.
@@ -32,6 +32,8 @@ NAMES = {
     "status": "task_struct.pid", "uid_map": "user_namespace.uid_map",
 }  # fmt: skip
 """The files, each with the member that has to be known of a kernel for it."""
+LINKS = {"exe": "mm_struct.exe_file", "cwd": "fs_struct.pwd", "root": "fs_struct.root", "fd": "fdtable.fd"}
+"""The links, as `NAMES`."""
 _COUNTS = ("rchar", "wchar", "syscr", "syscw", "read_bytes", "write_bytes", "cancelled_write_bytes")
 CLOSE_ON_EXEC = 0o2000000
 """O_CLOEXEC of all architectures but alpha, parisc and sparc (include/uapi/asm-generic/fcntl.h)."""
@@ -98,6 +100,10 @@ class LinuxProcFiles(ProcFiles):
             return made(self.kernel.objects())
         except FaultError:
             raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read") from None
+
+    def links(self) -> tuple[str, ...]:
+        """See `ProcFiles.links`."""
+        return tuple(name for name, member in LINKS.items() if self.kernel.tells(member))
 
     def link(self, name: str) -> str:
         """See `ProcFiles.link`."""

@@ -1,6 +1,8 @@
 """/proc/PID/stat and statm: a process as numbers.
 
-The formats have no word for «not known»: what memory does not tell is 0, as /proc shows what a reader may not see.
+The formats have no word for «not known»: what memory does not tell is 0, as /proc shows what a reader may not see;
+but the state is `?`, and process group and session are -1, as /proc has them of a task that has just ended (0 are those
+of the kernel's threads).
 
 Sources: Linux fs/proc/array.c (do_task_stat), fs/proc/task_mmu.c (task_statm), kernel/sched/cputime.c
 (cputime_adjust), include/linux/kdev_t.h; releases 5.10 to 7.x.
@@ -98,8 +100,8 @@ def terminal(fields: Fields) -> tuple[int, int]:
 def stat_text(one: TaskRecord, fields: Fields, threads: Sequence[Fields], page: int) -> str:
     """/proc/PID/stat: 52 fields in one line; with `threads` of the whole group, without of the one task alone."""
 
-    def first(numbers: list[tuple[int, int]]) -> int | None:
-        return numbers[0][0] if numbers else None
+    def first(numbers: list[tuple[int, int]]) -> int:
+        return numbers[0][0] if numbers else -1
 
     def plus(name: str, by: int) -> int | None:
         value = fields.number("task", name)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from commandline import cloudfs, in_process, on_terminal, sentence, unprivileged
+from hand_made_tables import DTB, image
 from support import require
 from targets import running_target
 
@@ -184,6 +185,15 @@ def test_without_a_pid_modules_are_those_of_the_kernel():
     listed = Path("/proc/modules")  # a kernel without loadable modules has no such file
     names = {line.split()[0] for line in listed.read_text().splitlines()} if listed.exists() else set()
     assert {record["name"] for record in document("modules")} >= names
+
+
+@pytest.mark.parametrize("words", [("lsmod",), ("modules",), ("modules", "-p", "1")])
+def test_modules_that_are_not_known_are_refused_and_never_an_empty_list(tmp_path, words):
+    path = tmp_path / "image"
+    path.write_bytes(image())
+    done = in_process(*words, "-c", f"raw:{path}", "-o", f"raw-dtb:dtb={DTB:#x},arch=x86-64")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"is not known" in done.stderr
 
 
 # -- info --------------------------------------------------------------------------------------------

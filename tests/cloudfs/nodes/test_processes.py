@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from fake_os import READ, READ_WRITE, Life, fake_machine
+from fake_os import READ, READ_WRITE, Files, Life, fake_machine
 from hypothesis import given
 from hypothesis import strategies as st
 from tree import at, directory, names, open_at, read_all, text
@@ -29,6 +29,7 @@ def fake(monkeypatch):
 
 
 PROCESSES = "os/fake/processes"
+LINKS = ("exe", "cwd", "root", "fd")
 
 
 def test_there_is_a_directory_for_each_pid(fake):
@@ -71,6 +72,28 @@ def test_one_process_that_cannot_be_looked_at_hides_no_other(fake, monkeypatch):
     assert "3" in dict.fromkeys(link.split("(")[-1][:-1] for link in names(root, f"{PROCESSES}/by-pid-name"))
     with pytest.raises(AccessDeniedError):
         directory(root, PROCESSES).child("2")
+
+
+@pytest.mark.parametrize("lost", ["exe", "cwd", "root", "fd"])
+def test_a_link_that_is_not_known_is_not_there(fake, monkeypatch, lost):
+    root, _, layer = fake
+    layer.table[1].files = {}
+    assert lost in names(root, f"{PROCESSES}/1")
+    monkeypatch.setattr(Files, "links", lambda self: tuple(name for name in LINKS if name != lost))
+    assert lost not in names(root, f"{PROCESSES}/1")
+    assert directory(root, f"{PROCESSES}/1").child(lost) is None
+    assert {*LINKS} - {lost} <= {*names(root, f"{PROCESSES}/1")}
+
+
+def test_modules_that_are_not_known_have_no_directory(fake, monkeypatch):
+    root, _, layer = fake
+    assert "modules" in names(root, f"{PROCESSES}/1")
+    assert "modules" in names(root, "os/fake")
+    monkeypatch.setattr(type(layer.process(1)), "tells_modules", False)
+    assert "modules" not in names(root, f"{PROCESSES}/1")
+    assert "/modules" not in text(root, "README").partition("Here:")[0]
+    monkeypatch.setattr(type(layer), "tells_modules", False)
+    assert "modules" not in names(root, "os/fake")
 
 
 # -- identity ---------------------------------------------------------------------------------------------
