@@ -46,7 +46,7 @@ class RawDtbLayer(OsLayer):
 
     @classmethod
     def open(cls, base: Base, options: Options) -> Self:
-        """Take the DTB. Raises NotRecognisedError without one, InvalidArgumentError, or where no table is there."""
+        """Take the DTB. Raises NotRecognisedError without one, InvalidArgumentError where no page table is there."""
         if "dtb" not in options:
             raise NotRecognisedError(f"name the page table yourself: -o {_advice(base.hints)}")
         if base.memory is None:
@@ -61,7 +61,14 @@ class RawDtbLayer(OsLayer):
             if not _is_there(base.memory, dtb):
                 where = f"physical memory goes to {base.memory.size:#x}"
                 raise InvalidArgumentError(f"there is no memory at the DTB {dtb:#x} ({spec.name}); {where}")
-        return cls(base, VirtualMemory(base.memory, roots, keep=not base.live), architecture)
+        memory = VirtualMemory(base.memory, roots, keep=not base.live)
+        if next(memory.extents(), None) is None:
+            tables = " and ".join(f"{dtb:#x}" for _, dtb in roots)
+            raise InvalidArgumentError(
+                f"no address leads to memory by the page table at {tables} as {architecture} reads it: another DTB, or"
+                " another arch=, is meant"
+            )
+        return cls(base, memory, architecture)
 
     @property
     def info(self) -> OsInfo:
@@ -85,6 +92,11 @@ class RawDtbLayer(OsLayer):
     def kernel_memory(self) -> Memory | None:
         """See `OsLayer.kernel_memory`: the same address space."""
         return self._memory
+
+    @property
+    def tells_modules(self) -> bool:
+        """See `OsLayer.tells_modules`: page tables do not."""
+        return False
 
     def pids(self) -> list[int]:
         """See `OsLayer.pids`: PID 1 alone."""
@@ -119,6 +131,11 @@ class AddressSpace(Process, PhysicalMaps):
     def memory(self) -> Memory:
         """See `Process.memory`."""
         return self._memory
+
+    @property
+    def tells_modules(self) -> bool:
+        """See `Process.tells_modules`: page tables do not."""
+        return False
 
     def regions(self) -> Iterator[Region]:
         """See `Process.regions`: what the page tables map, joined where rights are equal."""

@@ -50,6 +50,11 @@ def test_physical_maps_tell_the_frames():
     assert first.rights & Rights.USER
 
 
+def test_page_tables_tell_of_no_modules():
+    assert not layer().tells_modules
+    assert not layer().process(1).tells_modules
+
+
 def test_there_is_no_other_process():
     assert layer().pids() == [1]
     with pytest.raises(ProcessExitedError):
@@ -76,6 +81,8 @@ def test_without_a_dtb_it_says_which_a_dumps_cpu_used(architecture, cr4, mode):
     ("options", "why"),
     [
         ({"dtb": "0x7fff0000"}, "no memory at the DTB"),
+        ({"dtb": "0x5f000"}, "no address leads to memory by the page table at 0x5f000 as x86-64 reads it"),
+        ({"dtb": "0x8000"}, "no address leads to memory by the page table at 0x8000"),
         ({"dtb": "here"}, "no number"),
         ({"arch": "x86-128"}, "x86-64"),
         ({"dtb1": "0x2000"}, "one root, not two"),
