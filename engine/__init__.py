@@ -2,8 +2,9 @@
 
 The map of the package (every name here is imported on first use):
 
-- `Memory`, `Faults`, `BytesMemory`, `MemoryWindow` (engine.memory): bytes with holes, scalar and column doors.
-- `FileMemory` (engine.file_memory), `MemoryMap`, `MappedMemory` (engine.memory_map): files and remapped memory.
+- `Memory`, `Faults`, `MemoryWindow` (engine.memory): bytes with holes, scalar and column doors.
+- `BytesMemory` (engine.bytes_memory), `FileMemory` (engine.file_memory), `MemoryMap`,
+  `MappedMemory` (engine.memory_map): bytes of this program, files, remapped memory.
 - `VirtualMemory` (engine.translate.virtual): virtual address translation; the paging modes (engine.translate.modes).
 - `Connector` (engine.connector), `OsLayer`, `Process`, `Module` (engine.oslayer): what plugins subclass.
 - `Machine`, `Instance` (engine.machine): what is open, by name; `open_target` (engine.targets): one call to begin with.
@@ -32,7 +33,8 @@ _WHERE = {
         "CachedFileInfo ConnectorInfo ExportInfo Extent ImportInfo LogRecord ModuleInfo OpenFileInfo OsInfo PageFlags "
         "PhysicalMap ProcessInfo Region Rights SectionInfo SocketInfo SymbolInfo TargetHints ThreadInfo"
     ),
-    "engine.memory": "BytesMemory Faults Memory MemoryWindow",
+    "engine.bytes_memory": "BytesMemory",
+    "engine.memory": "Faults Memory MemoryWindow",
     "engine.file_memory": "FileMemory",
     "engine.memory_map": "MapRange MappedMemory MemoryMap",
     "engine.translate.virtual": "VirtualMemory",
@@ -50,13 +52,13 @@ __all__ = sorted(_ROOMS)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from engine.bytes_memory import BytesMemory as BytesMemory
     from engine.connector import Connector as Connector
     from engine.connector import Target as Target
     from engine.errors import *  # noqa: F403
     from engine.file_memory import FileMemory as FileMemory
     from engine.machine import Instance as Instance
     from engine.machine import Machine as Machine
-    from engine.memory import BytesMemory as BytesMemory
     from engine.memory import Faults as Faults
     from engine.memory import Memory as Memory
     from engine.memory import MemoryWindow as MemoryWindow

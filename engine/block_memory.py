@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from engine.bytes_memory import gather_from
 from engine.errors import BadDataError, FaultError, FaultKind, InvalidArgumentError, SourceFaultError
-from engine.memory import NO_FAULTS, Addresses, Faults, Memory, Rows, gather_from
+from engine.memory import NO_FAULTS, Addresses, Faults, Memory, Rows
 from engine.types import Extent
 
 Decode = Callable[[int], bytes]

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import accelerator
+from engine.bytes_memory import SLICE_ROW, gather_from
 from engine.errors import (
     ConnectorClosedError,
     FaultError,
@@ -38,18 +39,7 @@ from engine.errors import (
     UnusableTargetError,
 )
 from engine.leases import Lease, take
-from engine.memory import (
-    COLUMN_THRESHOLD,
-    NO_FAULTS,
-    SLICE_ROW,
-    Addresses,
-    Data,
-    Faults,
-    Memory,
-    Pieces,
-    Rows,
-    gather_from,
-)
+from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows
 from engine.middleware import truth
 from engine.mounts import Backing, backing_of_file, filesystem_of
 from engine.types import Extent, Shortcut

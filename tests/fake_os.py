@@ -15,10 +15,11 @@ from typing import Self
 import pytest
 
 from engine import registry
+from engine.bytes_memory import BytesMemory
 from engine.chain import Spec
 from engine.errors import NotFoundError, ProcessExitedError, ReadOnlyError
 from engine.machine import Machine
-from engine.memory import BytesMemory, Data, Memory
+from engine.memory import Data, Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Base, HostOwned, Module, Options, OsLayer, Process, ProcFiles
 from engine.types import (

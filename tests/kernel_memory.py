@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
+from engine.bytes_memory import BytesMemory
 from engine.layout import DataType, Field, StructLayout, TypeKind, TypeSource
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.oslayers.linux.objects import Objects
 
 BASE = 0xFFFF_8880_0000_0000

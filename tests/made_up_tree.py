@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cloudfs.node import Attributes, Directory, File, Link, Node, OpenFile, TextLink
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, ProcessExitedError, TargetBusyError
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 
 MEMORY_SIZE = (2 << 20) + 100
 PATTERN = bytes((7 * i + i // 251) % 256 for i in range(65521))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.translate.mmu import EntryKind, MmuSpec, Root, Walker
 
 

@@ -40,8 +40,9 @@ from harness.table import Goal, Row, Table, at_most, missed
 from harness.timing import SAMPLE_SECONDS, UNITS, Action, Pair
 
 from engine import accelerator
+from engine.bytes_memory import BytesMemory
 from engine.file_memory import FileMemory
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.translate.bulk import blocks, translate
 from engine.translate.mmu import MmuSpec, Walker
 from engine.translate.virtual import VirtualMemory

@@ -41,9 +41,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from guests.recorder import recorded  # noqa: E402  (after the path is set)
 
 from cloudfs.render import maps_line, process_record  # noqa: E402
+from engine.bytes_memory import BytesMemory  # noqa: E402
 from engine.errors import EngineError  # noqa: E402
 from engine.file_memory import FileMemory  # noqa: E402
-from engine.memory import BytesMemory  # noqa: E402
 from engine.oslayer import (  # noqa: E402
     Base,
     KernelLog,

@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from random_trees import addresses_of, random_memory, walked  # noqa: E402  (after the path is set)
 
 from engine import accelerator  # noqa: E402
-from engine.memory import BytesMemory, Memory  # noqa: E402
+from engine.bytes_memory import BytesMemory  # noqa: E402
+from engine.memory import Memory  # noqa: E402
 from engine.memory_map import MappedMemory, MapRange, MemoryMap  # noqa: E402
 from engine.translate import modes  # noqa: E402
 from engine.translate.bulk import WalkReport, blocks, translate  # noqa: E402

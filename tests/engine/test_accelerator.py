@@ -13,13 +13,14 @@ import pytest
 from support import require
 
 from engine import accelerator
+from engine.bytes_memory import BytesMemory
 from engine.compiled import NotCompiledError, Source, load
-from engine.memory import BytesMemory, Pieces
+from engine.memory import Pieces
 
 PROGRAM = """
 import numpy as np
 from engine import accelerator
-from engine.memory import BytesMemory
+from engine.bytes_memory import BytesMemory
 from engine.translate.bulk import translate
 from engine.translate.x86 import X86_64
 words = np.zeros(512 * 8, np.uint64)

@@ -15,10 +15,10 @@ from hand_made_tables import DTB, image
 from support import require
 
 from engine import registry
+from engine.bytes_memory import BytesMemory
 from engine.connector import Connector
 from engine.connectors.dummy import made_bytes
 from engine.file_memory import FileMemory
-from engine.memory import BytesMemory
 from engine.oslayer import Base
 from engine.testing import Truth, check_connector, check_oslayer
 from engine.types import Extent

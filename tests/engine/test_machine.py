@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support import as_nobody
 
+from engine.bytes_memory import BytesMemory
 from engine.chain import Spec
 from engine.connector import Connector
 from engine.errors import (
@@ -19,7 +20,6 @@ from engine.errors import (
     UnsupportedError,
 )
 from engine.machine import Machine
-from engine.memory import BytesMemory
 from engine.memory_map import MemoryMap
 from engine.oslayer import OsLayer, Process
 from engine.targets import chain_of, open_target

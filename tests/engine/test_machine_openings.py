@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine import registry
+from engine.bytes_memory import BytesMemory
 from engine.connector import Connector
 from engine.errors import AlreadyExistsError, ConnectorClosedError, TargetBusyError
 from engine.machine import Instance, Machine
-from engine.memory import BytesMemory
 from engine.memory_map import MemoryMap
 from engine.oslayer import OsLayer
 from engine.types import ConnectorInfo, OsInfo

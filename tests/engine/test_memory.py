@@ -7,8 +7,9 @@ import os
 import numpy as np
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind, InvalidArgumentError, PagedOutError, ReadOnlyError
-from engine.memory import BytesMemory, Faults, Memory, fault
+from engine.memory import Faults, Memory, fault
 from engine.testing import SlowMemory, Truth, check_memory, check_writes
 from engine.types import Extent
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, InvalidArgumentError
 from engine.file_memory import FileMemory
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.testing import Truth, check_memory, check_writes
 from engine.types import Extent

@@ -12,10 +12,11 @@ from hand_made_tables import DTB, USER, image
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.connectors.dummy import made_bytes
 from engine.errors import FaultError, InvalidArgumentError
 from engine.machine import Machine
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.middleware import wrap
 from engine.overlay import OverlayMemory

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from engine.memory import BytesMemory
+from engine.bytes_memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.testing import Truth, check_memory
 from engine.types import Extent

@@ -8,8 +8,8 @@ import re
 import pytest
 from guests.opened import Copy, opened
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import NotFoundError
-from engine.memory import BytesMemory
 from engine.oslayer import Containers, KernelConfig, ProcFiles, SystemFiles
 from engine.oslayers.linux.clock import Timekeeper
 from engine.oslayers.linux.configuration import embedded

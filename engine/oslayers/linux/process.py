@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+from engine.bytes_memory import BytesMemory
 from engine.containers import container_among, main_path
 from engine.elf_modules import NARROW
 from engine.errors import FaultError, NotFoundError, NotRecognisedError, ProcessExitedError
 from engine.layout import Field
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
 from engine.oslayers.linux.cgroups import cgroups_of, paths_of
 from engine.oslayers.linux.contents import Contents

@@ -16,9 +16,10 @@ from targets import running_target
 
 from cloudfs.commands._spaces import CHUNK, Data, Hole, Space, pieces
 from cloudfs.commands.read import Exit
+from engine.bytes_memory import BytesMemory
 from engine.connectors.dummy import made_bytes
 from engine.errors import FaultError
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.types import Extent
 
 

@@ -10,10 +10,10 @@ from fake_os import Life, Pieces, fake_machine
 from tree import at, directory, names, open_at, read_all, text
 
 from cloudfs.nodes.root import build_root
+from engine.bytes_memory import BytesMemory
 from engine.chain import Spec
 from engine.errors import TargetBusyError
 from engine.machine import Machine
-from engine.memory import BytesMemory
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from tree import SCRATCH, at, directory, names, open_at, read, read_all
 
 from cloudfs.nodes.files.memory import Opened, OpenExact, Opening, OpenWhole
 from cloudfs.nodes.root import build_root
+from engine.bytes_memory import BytesMemory
 from engine.chain import Spec
 from engine.errors import ConnectorClosedError, FaultError, ProcessExitedError, ReadOnlyError
 from engine.machine import Instance, Machine
-from engine.memory import BytesMemory
 from engine.padding import fill_holes
 from engine.testing.fakes import SlowMemory
 from engine.types import Extent, Region, Rights

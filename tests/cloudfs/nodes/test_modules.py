@@ -17,8 +17,8 @@ from tree import at, directory, names, open_at, read, read_all, text
 
 from cloudfs.nodes.files.image import ImageMemory, ImagePlan, Piece, image_plan
 from cloudfs.nodes.root import build_root
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, NotFoundError
-from engine.memory import BytesMemory
 from engine.targets import open_target
 from engine.types import ExportInfo, ImportInfo, ModuleInfo, SectionInfo
 

@@ -14,9 +14,9 @@ from tree import SCRATCH, at, directory, kind_of, read, read_all, walk
 from cloudfs.inodes import InodeTable
 from cloudfs.node import Directory, File, Link
 from cloudfs.nodes.root import build_root
+from engine.bytes_memory import BytesMemory
 from engine.chain import Spec
 from engine.errors import AccessDeniedError, FaultError, NotFoundError
-from engine.memory import BytesMemory
 from engine.targets import open_target
 from engine.types import ExportInfo, ImportInfo, ModuleInfo, Region, SectionInfo, ThreadInfo
 

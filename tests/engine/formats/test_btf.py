@@ -11,10 +11,10 @@ import pytest
 from btf_samples import BITS, Maker, Sample, compiled, swapped
 from support import require
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError, NotFoundError, NotRecognisedError
 from engine.formats.btf import Btf, Kind, find_btf, load_btf
 from engine.layout import TypeKind
-from engine.memory import BytesMemory
 
 CROSS = ["aarch64-linux-gnu-gcc", "arm-linux-gnueabihf-gcc", "riscv64-linux-gnu-gcc", "i686-linux-gnu-gcc"]
 COMPILERS = [("gcc", "gcc"), *((name, "gcc") for name in CROSS if shutil.which(name))]

@@ -10,10 +10,10 @@ from btf_samples import Maker, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError, EngineError, NotRecognisedError
 from engine.formats.btf import Btf, load_btf
 from engine.formats.btf.mending import mend
-from engine.memory import BytesMemory
 
 NASTY = st.sampled_from([0, 1, 2, 0x7F, 0xFFFF, 0x00FFFFFF, 0x7FFFFFFF, 0x80000000, 0x0400FFFF, 0x8400FFFF, 0xFFFFFFFF])
 MUTATIONS = st.lists(st.tuples(st.integers(0, 1 << 16), NASTY | st.integers(0, (1 << 32) - 1)), min_size=1, max_size=12)

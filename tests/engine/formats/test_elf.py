@@ -12,10 +12,10 @@ from elf_samples import VERSIONED, VERSIONS, compiled, stripped
 from readelf import Readelf, by_place
 from support import require
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError, NotRecognisedError
 from engine.file_memory import FileMemory
 from engine.formats.elf import ElfFile
-from engine.memory import BytesMemory
 from engine.types import ExportInfo, ImportInfo
 
 

@@ -11,9 +11,9 @@ from elf_samples import VERSIONED, VERSIONS, MadeSymbol, compiled, load, make_el
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import EngineError
 from engine.formats.elf import Elf, ElfFile, ElfImage, loaded_images
-from engine.memory import BytesMemory
 from engine.types import Region, Rights
 
 SYMBOLS = [MadeSymbol(b"wanted", section=0), *(MadeSymbol(b"name%d" % n, 16 * n, 4) for n in range(40))]

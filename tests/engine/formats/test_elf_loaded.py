@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 from elf_samples import MadeSymbol, compiled, load, make_elf
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import AccessDeniedError, FaultError
 from engine.file_memory import FileMemory
 from engine.formats.elf import VDSO, ElfFile, ElfImage, loaded, loaded_images, mapped_images
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.types import ADDRESS_SPACE, Region, Rights
 
 BASE = 0x7F0000000000

@@ -9,9 +9,9 @@ import pytest
 from elf_samples import MadeSymbol, load, make_elf
 from readelf import Readelf, by_place
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError
 from engine.formats.elf import ElfFile, ElfImage, build_id_of, parse_notes
-from engine.memory import BytesMemory
 from engine.types import ExportInfo
 
 SYMBOLS = [

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kallsyms_samples import LAYOUTS, Image, image, symbols_of
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError, EngineError, NotFoundError
 from engine.formats.kallsyms import AddressMode, Kallsyms, find_tables, load_kallsyms
 from engine.formats.kallsyms.names import expand, symbol_starts
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 
 MODES = {each.value: each for each in AddressMode}

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import require
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import BadDataError
 from engine.formats.kdump.bitmap import PageBitmap
 from engine.formats.kdump.flattened import is_flattened, pieces_of
 from engine.formats.kdump.lzo import compiled, decompress, in_c, in_python
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MemoryMap
 
 

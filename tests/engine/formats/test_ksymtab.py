@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import EngineError, NotFoundError
 from engine.formats.ksymtab import Form, Ksymtab, load_ksymtab
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 
 SIZE = 1 << 18

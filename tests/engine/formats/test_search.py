@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import InvalidArgumentError
 from engine.formats import search
 from engine.formats.name_column import NameColumn
 from engine.formats.search import find_all
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 
 PIECE = 1 << 20

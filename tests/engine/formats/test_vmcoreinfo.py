@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import NotRecognisedError
 from engine.formats.vmcoreinfo import TEXT_LIMIT, Vmcoreinfo, find_vmcoreinfo
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 
 TEXT = b"""OSRELEASE=6.1.0-50-cloud-amd64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hand_made_tables import DTB, LARGE, LAST, USER, image, seen
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import InvalidArgumentError, NotRecognisedError, ProcessExitedError
-from engine.memory import BytesMemory
 from engine.oslayer import Base, PhysicalMaps
 from engine.oslayers.raw_dtb import RawDtbLayer
 from engine.types import Rights, TargetHints

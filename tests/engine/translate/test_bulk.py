@@ -14,9 +14,10 @@ from random_trees import addresses_of, memory_of, random_memory, walked
 from support import require
 
 from engine import accelerator
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultKind, InvalidArgumentError, UnsupportedError
 from engine.file_memory import FileMemory
-from engine.memory import BytesMemory, Memory
+from engine.memory import Memory
 from engine.translate import modes
 from engine.translate.bulk import WalkReport, blocks, translate
 from engine.translate.mmu import EntryKind, Level, MmuSpec, Translation

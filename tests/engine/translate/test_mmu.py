@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind, InvalidArgumentError, PagedOutError
-from engine.memory import BytesMemory
 from engine.testing import PageTableBuilder
 from engine.translate.arm import arm_lpae, arm_short
 from engine.translate.mmu import ALL_RIGHTS, EntryKind, Level, MmuSpec, Translation, Walker, covered, take_parts

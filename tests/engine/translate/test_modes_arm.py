@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind, InvalidArgumentError
-from engine.memory import BytesMemory
 from engine.translate.arm import aarch64, arm_lpae, arm_short
 from engine.translate.linux_rows import (
     ARM64_PRESENT_INVALID,

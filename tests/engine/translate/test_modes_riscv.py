@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind
-from engine.memory import BytesMemory
 from engine.translate.linux_rows import RISCV_PROT_NONE, with_prot_none
 from engine.translate.mmu import MmuSpec, Translation, Walker
 from engine.translate.riscv import SV32, SV39, SV48, SV57

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind
-from engine.memory import BytesMemory
 from engine.translate.linux_rows import X86_PROT_NONE, with_prot_none
 from engine.translate.mmu import MmuSpec, Translation, Walker
 from engine.translate.x86 import EPT, NPT, X86, X86_64, X86_64_LA57, X86_PAE

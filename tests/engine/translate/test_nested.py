@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind
-from engine.memory import BytesMemory
 from engine.testing import PageTableBuilder
 from engine.translate.bulk import translate
 from engine.translate.modes import mode

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hand_made_tables import DTB, LARGE, LAST, SIZE, USER, image, put, seen
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind, InvalidArgumentError, ReadOnlyError
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.testing import Truth, check_memory, check_writes
 from engine.translate.virtual import VirtualMemory

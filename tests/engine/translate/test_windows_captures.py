@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from support import require
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError
-from engine.memory import BytesMemory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.translate.bulk import WalkReport, blocks, translate
 from engine.translate.mmu import Root, Walker

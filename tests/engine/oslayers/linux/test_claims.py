@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import NotRecognisedError
-from engine.memory import BytesMemory
 from engine.oslayer import Base, KernelLog, Symbols
 from engine.oslayers.linux import LinuxLayer
 from engine.oslayers.linux.claims import HIT_LIMIT, LEAD_LIMIT, claims, leads

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from engine.memory import BytesMemory
+from engine.bytes_memory import BytesMemory
 from engine.oslayers.linux.architectures import family, image_region, paging_modes
 from engine.oslayers.linux.roots import addresses_of, aligned, entry_counts, mapping_roots, pages_of, table_like
 from engine.testing import PageTableBuilder

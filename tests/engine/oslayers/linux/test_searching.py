@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import InvalidArgumentError
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
-from engine.memory import BytesMemory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.searching import find_kernel, slides
 from engine.testing import PageTableBuilder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hand_made_tables import DTB, USER, image, put
 
+from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind, PagedOutError
-from engine.memory import BytesMemory
 from engine.oslayers.linux.swap import absent_hook, special_types, swap_entries
 from engine.translate.virtual import VirtualMemory
 from engine.translate.x86 import X86_64

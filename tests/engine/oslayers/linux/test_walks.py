@@ -7,8 +7,8 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.bytes_memory import BytesMemory
 from engine.layout import DataType, Field, StructLayout, TypeKind, TypeSource
-from engine.memory import BytesMemory
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.procstatus import bitmap_text, list_text
 from engine.oslayers.linux.walks import settled_ring
