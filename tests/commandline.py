@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from cloudfs.cli import main
 
 LIMIT = 60.0
+SHOWN_MOST = 64 << 20
+"""Bytes on a terminal that no command of the tests needs."""
 COMMAND = (sys.executable, "-X", "dev", "-W", "error", "-m", "cloudfs")
 """As strict as the tests themselves: a warning is an error."""
 
@@ -126,7 +128,7 @@ class Terminal:
         """All that was shown since the start, as soon as it holds `text`."""
         until = time.monotonic() + limit
         while text not in self.shown:
-            assert time.monotonic() < until, f"{text!r} was not shown, but {bytes(self.shown)!r}"
+            assert time.monotonic() < until, f"{text!r} was not shown, but {bytes(self.shown[-4096:])!r}"
             self._more(until)
         return bytes(self.shown)
 
@@ -134,7 +136,8 @@ class Terminal:
         """Read until the command ends; its exit code."""
         until = time.monotonic() + limit
         while self.process.poll() is None:
-            assert time.monotonic() < until, f"it does not end: {bytes(self.shown)!r}"
+            assert time.monotonic() < until, f"it does not end: {bytes(self.shown[-4096:])!r}"
+            assert len(self.shown) < SHOWN_MOST, f"it prints for ever: {bytes(self.shown[-4096:])!r}"
             self._more(min(until, time.monotonic() + 0.1))
         self.read(0.05)
         return self.process.returncode

@@ -24,8 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """SIGTERM ends the tests as Ctrl-C does: what they have mounted or started is taken away."""
+    """SIGTERM ends the tests as Ctrl-C does: what they have mounted or started is taken away.
+
+    A shell has its background jobs ignore Ctrl-C, which all that they start inherits; commands under test must not.
+    """
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
