@@ -23,6 +23,8 @@ from engine.targets import chain_of, open_chain
 EXAMPLES = """\
   cloudfs targets                       everything that any plugin can list
   cloudfs targets raw                   what one plugin can list
+  cloudfs targets qemu                  the guests that run here
+  cloudfs targets qemu -c qemu:web-01   the guests in a guest
   cloudfs targets --json | jq -r '.[].target'
 """
 COLUMNS = (Column("plugin", "PLUGIN"), Column("target", "TARGET"), Column("description", "DESCRIPTION"))
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         output.document(rows)
     else:
         output.table(rows, COLUMNS)
+        if not rows and code == Exit.DONE:
+            output.say("nothing runs here that could be opened by its name; images are opened by their path")
     return code
 
 

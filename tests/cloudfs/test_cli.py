@@ -351,6 +351,13 @@ def test_a_name_that_the_locale_cannot_show_is_escaped():
     assert b"nosuch" in done.stderr
 
 
+def test_where_nothing_can_be_listed_that_is_said():
+    done = cloudfs("targets", "raw")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"nothing runs here" in done.stderr
+    assert json.loads(cloudfs("targets", "raw", "--json").stdout) == []
+
+
 # -- cost --------------------------------------------------------------------------------------------
 
 
