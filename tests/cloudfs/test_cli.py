@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -336,7 +337,10 @@ def examples() -> list[str]:
 @pytest.mark.parametrize("words", examples())
 def test_an_example_of_help_works_with_what_is_installed(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("memory.raw").write_bytes(bytes(2 << 20))
+    memory = bytearray(2 << 20)
+    struct.pack_into("<Q", memory, 0x1AD000, 0x1AE003)  # the page table that examples name: its first GiB is RAM
+    struct.pack_into("<Q", memory, 0x1AE000, 0x83)
+    Path("memory.raw").write_bytes(memory)
     done = in_process(*words.split())
     # 3 and 4: there is no sshd here, or nothing at the address; 1 only where another process may not be read, or
     # where the example wants an OS in its image, which is empty here, or a guest, of which none or several may run.
