@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from engine.errors import FaultError, NotFoundError, TargetGoneError
 from engine.layout import TypeSource
@@ -14,7 +14,9 @@ from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entries_of
 from engine.oslayers.linux.user_space import UserSpace
+from engine.records import dataclass
 from engine.translate.mmu import Root
+from engine.translate.virtual import VirtualMemory
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Kernel:
     look: Callable[[], None] = lambda: None
     """Asks, not too often, whether it still runs; `replaced` says then. May take a while."""
     is_look_due: Callable[[], bool] = lambda: False
+    _leased: VirtualMemory | None = None
     _swap: list[SwapEntries | None] = field(default_factory=list)
 
     @property
@@ -80,9 +83,19 @@ class Kernel:
         """
         if self.replaced:
             raise TargetGoneError(f"the Linux {self.found.release} that ran here has ended: the machine was restarted")
+        return Objects(self._view(), self.types, self.found.candidate.kernel_start, self.skipped)
+
+    def _view(self) -> VirtualMemory:
+        """The kernel's memory for one operation; while a lease tells that nothing changes, the same one for all."""
         memory = self.found.memory
-        view = memory if memory.keep else memory.cached()
-        return Objects(view, self.types, self.found.candidate.kernel_start, self.skipped)
+        if memory.keep:
+            return memory
+        if self.live:
+            self._leased = None
+            return memory.cached()
+        view = self._leased or memory.cached()
+        self._leased = view
+        return view
 
     def space_of(self, pgd: int) -> UserSpace:
         """The user half of the address space whose top table lies at the kernel's address `pgd`.
