@@ -18,9 +18,9 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
 
 from engine.errors import TargetGoneError
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import ctypes
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from cloudfs import mountpoint, shim
+from engine.records import dataclass
 
 BACKING_DEVICES = Path("/sys/class/bdi")
 

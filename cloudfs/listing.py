@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import stat as st
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cloudfs.node import Attributes, BrokenNodeError, Directory, Link, Node, check_name
 from engine.errors import InvalidArgumentError
+from engine.records import dataclass
 
 MAX_CHILDREN = 1_000_000
 """Of one directory; a listing that goes on is one that does not end."""

@@ -16,7 +16,6 @@ import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyfuse3
@@ -36,6 +35,7 @@ from cloudfs.shortcuts import Shortcuts
 from cloudfs.shown_attributes import Owner
 from cloudfs.watchdog import Watchdog
 from engine.errors import EngineError, InvalidArgumentError
+from engine.records import dataclass
 
 __all__ = ["Counters", "MountError", "MountOptions", "mount"]
 

@@ -15,12 +15,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 
 from cloudfs import cli
 from cloudfs.commands._arguments import Exit
 from cloudfs.commands._streams import put
+from engine.records import dataclass
 
 NAME = "mount.fuse.cloudfs"
 USAGE = f"{NAME} TARGET MOUNTPOINT [-sfnv] [-o OPTION[,OPTION...]]"

@@ -18,7 +18,6 @@ import stat as st
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from cloudfs import serving
@@ -29,6 +28,7 @@ from engine.errors import (
     NotFoundError,
     TargetBusyError,
 )
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

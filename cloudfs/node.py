@@ -15,11 +15,11 @@ import stat as st
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.errors import InvalidArgumentError, UnsupportedError
 from engine.leases import Lease
+from engine.records import dataclass
 from engine.types import Shortcut
 
 

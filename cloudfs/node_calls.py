@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -21,6 +20,7 @@ from cloudfs.node import Node
 from cloudfs.watchdog import Watchdog
 from cloudfs.worker_threads import WorkerThreads
 from engine.errors import NotFoundError
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

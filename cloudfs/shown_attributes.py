@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from pyfuse3 import EntryAttributes
 
 from cloudfs.inodes import Entry
 from cloudfs.node import Attributes
+from engine.records import dataclass
 
 MAX_SIZE = (1 << 63) - 1
 """Of a file: off_t is signed."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from engine.records import dataclass
 
 _GROUP = b"[cloudfs."
 """How the section of each of our groups begins in entry_points.txt."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from engine.errors import InvalidArgumentError
+from engine.records import dataclass
 
 USAGE = "NAME [-c PARENT] PLUGIN[:TARGET][:KEY=VALUE,KEY=VALUE]"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)

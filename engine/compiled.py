@@ -11,10 +11,10 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.cache_folder import cache_folders, open_own, private, put
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from engine.errors import UnsupportedError
@@ -25,6 +24,7 @@ from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MemoryMap
 from engine.oslayer import Options, OsLayer
+from engine.records import dataclass
 from engine.types import ConnectorInfo, TargetHints
 
 

@@ -20,7 +20,6 @@ import re
 import shlex
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,7 @@ from engine.joined_memory import JoinedMemory
 from engine.leases import JointLease, Lease
 from engine.memory import Memory, MemoryWindow
 from engine.recognition import HEAD_SIZE, Format, recognise
+from engine.records import dataclass
 from engine.remote_file import RemoteFile, is_url
 
 Column = npt.NDArray[np.uint64]

@@ -21,7 +21,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.cache_folder import NotPrivateError, cache_folders, open_own, private, put
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ import enum
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from engine.errors import NotFoundError
+from engine.records import dataclass
 
 PATH_LIMIT = 64
 """Steps of a path; the deepest in a kernel is far below."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 from typing import Literal, Self
 
@@ -37,6 +37,7 @@ from engine.errors import (
 from engine.leases import Lease
 from engine.memory import Memory
 from engine.oslayer import Base, OsLayer, Process
+from engine.records import dataclass
 
 Kind = Literal["connector", "oslayer"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from engine.errors import (
     SourceFaultError,
 )
 from engine.padding import fill_holes
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 Data = bytes | bytearray | memoryview

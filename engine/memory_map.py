@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from engine.errors import FaultError, InvalidArgumentError, NotFoundError
 from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent, Shortcut
 
 RANGE_LIMIT = 1 << 20

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar, Self, TypeVar
 
 from engine.errors import NotFoundError
 from engine.leases import Lease
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import (
     CachedFileInfo,
     ExportInfo,

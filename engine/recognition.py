@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.announced import announced
+from engine.records import dataclass
 
 log = logging.getLogger(__name__)
 

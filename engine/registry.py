@@ -13,13 +13,13 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from engine.announced import announced
 from engine.connector import Connector
 from engine.errors import PluginError
 from engine.oslayer import OsLayer
+from engine.records import dataclass
 
 Kind = Literal["connector", "oslayer"]
 

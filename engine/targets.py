@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from engine import chain, registry
@@ -21,6 +20,7 @@ from engine.file_memory import open_descriptor
 from engine.image_source import is_split, not_opened, open_source
 from engine.machine import Instance, Kind, Machine
 from engine.recognition import HEAD_SIZE, Format, connector_by_name, recognise
+from engine.records import dataclass
 from engine.remote_file import is_url
 
 Link = tuple[Kind, chain.Spec]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from engine.records import dataclass
 
 ADDRESS_SPACE = 1 << 64
 """Exclusive bound of every 64-bit address space."""

@@ -10,8 +10,10 @@ import enum
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
+
+from engine.records import dataclass
 
 Kind = Literal["connector", "oslayer"]
 

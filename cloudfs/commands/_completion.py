@@ -6,12 +6,12 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from cloudfs.commands._arguments import VALUE_OPTIONS, Parser
 from cloudfs.commands._catalogue import command_names, parser_of, summary
 from engine import registry
 from engine.chain import NAME_PATTERN
+from engine.records import dataclass
 
 KINDS: Mapping[str, str] = {
     "FILE": "file",

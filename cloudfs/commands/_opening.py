@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -15,6 +14,7 @@ from engine import registry
 from engine.errors import AccessDeniedError, NotFoundError, NotRecognisedError, UnsupportedError
 from engine.machine import Instance, Machine
 from engine.oslayer import Module, OsLayer, Process
+from engine.records import dataclass
 from engine.targets import Chain, Link, chain_of, open_chain, target_link
 from engine.types import ProcessInfo
 

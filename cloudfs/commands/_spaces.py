@@ -6,7 +6,6 @@ import bisect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from cloudfs.commands._arguments import UsageError
 from cloudfs.commands._opening import AbsentError, Need, Opened, process_of
@@ -14,6 +13,7 @@ from engine.errors import EngineError, FaultError, InvalidArgumentError, NotFoun
 from engine.memory import Memory
 from engine.numbers import parse_number
 from engine.oslayer import CachedFiles, Process
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent
 
 CHUNK = 1 << 20

@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cloudfs import daemon
 from cloudfs.commands._arguments import Exit, Parser, Shape, UsageError, Words, add_chain_options, assign
 from cloudfs.commands._streams import OutputError, ReaderGoneError, flush, put, say
+from engine.records import dataclass
 
 if TYPE_CHECKING:
     from cloudfs.commands._opening import Opened

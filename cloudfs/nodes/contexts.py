@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from engine.errors import ConnectorClosedError, NotFoundError
 from engine.machine import Instance, Kind, Machine
 from engine.memory import Memory
 from engine.oslayer import HostOwned, Module, Process
+from engine.records import dataclass
 from engine.types import ModuleInfo, Region
 
 C = TypeVar("C")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from engine.records import dataclass
 
 
 @dataclass(slots=True, eq=False)

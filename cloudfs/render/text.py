@@ -6,11 +6,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cloudfs.render.escaping import escape_terminal
 from cloudfs.render.values import human_size
+from engine.records import dataclass
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

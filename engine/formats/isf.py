@@ -13,12 +13,12 @@ import base64
 import binascii
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import NotRecognisedError
 from engine.formats.symbol_table import SymbolTable
 from engine.layout import VOID, DataType, Field, StructLayout, TypeKind, TypeSource
+from engine.records import dataclass
 
 DEPTH_LIMIT = 64
 MEMBER_LIMIT = 1 << 17

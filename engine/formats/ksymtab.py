@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from engine.errors import BadDataError, NotFoundError
 from engine.formats.name_column import NameColumn
 from engine.formats.search import chunks, find_all
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import Extent
 
 SEEDS = ("iomem_resource", "init_task", "jiffies", "kfree")

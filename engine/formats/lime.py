@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 
 from engine.errors import FaultError, NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent
 
 HEADER = struct.Struct("<IIQQQ")

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+
+from engine.records import dataclass
 
 _LINE = re.compile(
     r"^ +([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (\w[^)]*)\): (.*?)(?: @([0-9a-f]{16}))?(?: [A-Z]{2,8})?$",

@@ -6,7 +6,6 @@ Names stay bytes, addresses a column; nothing is made for a symbol before it is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.formats.name_column import NameColumn
+from engine.records import dataclass
 
 ALIAS_LIMIT = 256
 """Names of one address that are looked at; kernels have a few dozen of some."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from engine.errors import NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 
 PAGE = 4096
 """Both forms begin at a multiple; the pages of some kernels are larger, never smaller."""

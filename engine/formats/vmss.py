@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from engine.errors import BadDataError, FaultError, NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 
 MAGICS = tuple(
     bytes.fromhex(text) for text in ("d0bed0be", "d0bed2be", "d2bed2be", "d3bed3be", "d1bad1ba", "d2bad2ba")

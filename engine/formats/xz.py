@@ -11,13 +11,13 @@ from __future__ import annotations
 import lzma
 import struct
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import BadDataError, FaultError, NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 
 MAGIC = b"\xfd7zXZ\0"
 _FOOTER = struct.Struct("<II2s2s")

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import BadDataError, FaultError, NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 
 _MAGIC = 0xFD2FB528
 _SKIPPABLE = 0x184D2A50

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import islice
 
@@ -18,6 +18,7 @@ from engine.connector import Connector
 from engine.errors import EngineError, FaultError, NotFoundError, ReadOnlyError
 from engine.memory import Memory
 from engine.oslayer import Module, OsLayer, Process
+from engine.records import dataclass
 from engine.types import ConnectorInfo, Extent, ModuleInfo, OsInfo, ProcessInfo, Region
 
 _WIDTHS = (1, 2, 3, 4, 7, 8, 16, 60, 4096)

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 from engine.bytes_memory import BytesMemory
 from engine.errors import InvalidArgumentError
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MemoryMap
+from engine.records import dataclass
 from engine.translate.mmu import ALL_RIGHTS, EntryKind, MmuSpec, Parts
 from engine.types import PageFlags, Rights
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultKind
 from engine.memory import Addresses
+from engine.records import dataclass
 
 BUFFER = 16 << 20
 """Bytes of working memory of a walk of a whole tree, unless the caller says otherwise."""

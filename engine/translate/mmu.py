@@ -16,11 +16,12 @@ beyond what a mode's rows state, no shadow stacks. Reading through a mapping nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 from engine.errors import FaultError, FaultKind, InvalidArgumentError
 from engine.memory import Memory, fault
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent, PageFlags, Rights
 
 Parts = tuple[tuple[int, int], ...]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import bisect
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import EngineError, FaultError
 from engine.formats.elf import ElfImage
 from engine.formats.elf.records import PT_DYNAMIC
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import Extent
 
 _SECTION_FIELDS = {64: ((0x28, 8), (0x3C, 4)), 32: ((0x20, 4), (0x30, 4))}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat as st
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cloudfs.node import Attributes, File, OpenFile
 from cloudfs.nodes.contexts import Context, Owner
@@ -24,6 +24,7 @@ from engine.machine import Instance
 from engine.memory import Memory
 from engine.oslayer import OsLayer
 from engine.padding import fill_holes
+from engine.records import dataclass
 from engine.types import Shortcut
 
 BORROW_SIZE = 4096

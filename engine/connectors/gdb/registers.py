@@ -6,11 +6,11 @@ Source: «Debugging with GDB», appendix «Target Descriptions» (GDB 13).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from engine.connectors.gdb.documents import parsed
 from engine.connectors.gdb.wire import Wire
+from engine.records import dataclass
 
 DOCUMENT_MOST = 1 << 20
 DOCUMENTS_MOST = 64

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from engine.connectors.qemu.words import is_on, options, pairs, size_of
+from engine.records import dataclass
 
 EMULATOR = re.compile(r"\.?qemu-system-([a-z0-9_]+)(?:-[a-z0-9_-]+)?|qemu-kvm|kvm")
 """Names of QEMU's executable: `qemu-system-x86_64`, as some distributions wrap it, and those that mean this machine."""

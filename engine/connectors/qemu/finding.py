@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.connectors.qemu.command_line import CommandLine, parse
 from engine.errors import AccessDeniedError, FaultError, InvalidArgumentError, NotFoundError
 from engine.oslayer import HostOwned, OsLayer, Process
+from engine.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

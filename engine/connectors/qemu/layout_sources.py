@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from engine.connectors.qemu.asking import Human, ask
 from engine.connectors.qemu.evidence import evidence
@@ -20,6 +20,7 @@ from engine.errors import EngineError, NotFoundError, UnusableTargetError
 from engine.formats.qemu_monitor import View, host_address, memory_backends, ram_views
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap
+from engine.records import dataclass
 
 FIRST_MIB = 1 << 20
 

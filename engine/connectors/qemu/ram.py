@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 
 from engine.connectors.qemu.command_line import Backend, CommandLine
+from engine.records import dataclass
 from engine.types import Region, Rights
 
 ALIGNMENT = 2 << 20

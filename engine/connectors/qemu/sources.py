@@ -10,13 +10,14 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from engine.connectors.qemu.presence import Presence
 from engine.errors import EngineError, FaultError, FaultKind
 from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows, fault
+from engine.records import dataclass
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.errors import BadDataError, FaultError, NotFoundError, NotRecognisedError
 from engine.formats.btf.mending import mend
@@ -11,6 +11,7 @@ from engine.formats.btf.records import HEADER_SIZE, Header, parse_header
 from engine.formats.btf.types import Btf
 from engine.formats.search import find_all
 from engine.memory import Memory
+from engine.records import dataclass
 
 _MAGICS = (b"\x9f\xeb\x01\x00\x18\x00\x00\x00", b"\xeb\x9f\x01\x00\x00\x00\x00\x18")
 CANDIDATE_LIMIT = 4096

@@ -8,7 +8,6 @@ that their structures have for them, and functions refer to their prototypes. Wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from engine.errors import BadDataError
 from engine.formats.btf.records import LAST_KIND, MODIFIERS, TYPE_WORDS, Kind, Words, kinds_of, parse_header, steps_of
+from engine.records import dataclass
 
 CHAIN = 6
 """A place begins types again if 2^6 follow one another from there on."""

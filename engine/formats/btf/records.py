@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import BadDataError, NotRecognisedError
+from engine.records import dataclass
 
 MAGIC = 0xEB9F
 HEADER_SIZE = 24

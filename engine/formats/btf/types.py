@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +24,7 @@ from engine.formats.btf.records import (
 )
 from engine.formats.name_column import NameColumn
 from engine.layout import VOID, DataType, Field, StructLayout, TypeKind, TypeSource
+from engine.records import dataclass
 
 CHAIN_LIMIT = 64
 """Names, `const` and arrays around one type; Linux refuses more than 32."""

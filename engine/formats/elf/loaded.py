@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from engine.formats.elf.reader import ElfImage
 from engine.formats.elf.records import ET_DYN, ET_EXEC, MAGIC, Segment, parse_header, segment_size
 from engine.formats.elf.view import HEAD_SIZE, page_ceiling, page_floor
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import Region, Rights
 
 VDSO = "[vdso]"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from engine.records import dataclass
 
 NT_GNU_BUILD_ID = 3
 BUILD_ID_LIMIT = 256

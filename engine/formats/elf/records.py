@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.errors import BadDataError, NotRecognisedError
 from engine.formats.elf.machines import architecture_name
+from engine.records import dataclass
 
 MAGIC = b"\x7fELF"
 IDENT_SIZE = 16

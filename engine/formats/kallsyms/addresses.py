@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from engine.errors import FaultError
 from engine.formats.kallsyms.finding import Tables
 from engine.memory import Memory
+from engine.records import dataclass
 
 Addresses = npt.NDArray[np.uint64]
 DAMAGE_SHARE = 0.03

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from engine.errors import BadDataError
 from engine.formats.kallsyms.names import STEP, Starts, symbol_starts, walk
 from engine.formats.search import find_all
 from engine.memory import Memory
+from engine.records import dataclass
 
 TOKENS = 256
 SYMBOL_LIMIT = 1 << 22

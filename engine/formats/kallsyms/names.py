@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import BadDataError
+from engine.records import dataclass
 
 STEP = 256
 """Symbols from one marker to the next."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.errors import BadDataError, FaultError, NotRecognisedError
 from engine.memory import Memory
+from engine.records import dataclass
 
 SIGNATURES = (b"KDUMP   ", b"DISKDUMP")
 VERSION_LIMIT = 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from engine.formats.kdump.bitmap import PageBitmap, Pfns
 from engine.formats.kdump.header import KdumpHeader
 from engine.formats.kdump.lzo import decompress
 from engine.memory import Memory
+from engine.records import dataclass
 
 ZLIB, LZO, SNAPPY, ZSTD = 0x1, 0x2, 0x4, 0x20
 """How a page is packed: flags of its descriptor, and of the header's status."""

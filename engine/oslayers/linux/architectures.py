@@ -7,9 +7,10 @@ Sources: Linux Documentation/arch/{x86/x86_64/mm,arm64/memory,riscv/vm-layout}.r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.errors import InvalidArgumentError
+from engine.records import dataclass
 from engine.translate.linux_rows import (
     ARM64_PRESENT_INVALID,
     ARM64_PROT_NONE,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +29,7 @@ from engine.oslayers.linux.page_frames import PageFrames, page_frames
 from engine.oslayers.linux.paths import BLOCK, FILE_TYPE, REGULAR, Paths
 from engine.oslayers.linux.swap import CACHE_OFFSET_BITS
 from engine.oslayers.linux.walks import xarray
+from engine.records import dataclass
 from engine.types import Extent
 
 IN_MEMORY = frozenset(("tmpfs", "devtmpfs", "ramfs", "rootfs", "shm"))

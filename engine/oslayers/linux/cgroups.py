@@ -6,7 +6,7 @@ Sources: Linux include/linux/{cgroup-defs,kernfs}.h, kernel/cgroup/cgroup.c (pro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.containers import cgroup_paths, container_among
 from engine.errors import FaultError, NotFoundError
@@ -16,6 +16,7 @@ from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.oslayers.linux.walks import settled_ring
+from engine.records import dataclass
 
 DEPTH_LIMIT = 256
 HIERARCHY_LIMIT = 64

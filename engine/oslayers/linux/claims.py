@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from engine.formats.search import find_all
 from engine.memory import Memory
+from engine.records import dataclass
 
 IMAGE_SPAN = 192 << 20
 """What belongs to one kernel's image lies no farther apart."""

@@ -9,14 +9,13 @@ releases 5.10 to 7.x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
+from engine.records import dataclass
 
 NANOSECONDS = 1_000_000_000
 ATTEMPTS = 8

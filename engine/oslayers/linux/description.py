@@ -13,7 +13,7 @@ Source: Linux kernel/printk/printk_ringbuffer.h, 5.10 to 7.x.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.profile import Profile
+from engine.records import dataclass
 
 MEMBERS = {
     "printk_ringbuffer": ("desc_ring", "text_data_ring"),

@@ -6,7 +6,6 @@ Sources: Linux include/linux/{fdtable,fs,fs_struct,eventpoll}.h, fs/file.c; rele
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.paths import FIFO, FILE_TYPE, REGULAR, SOCKET, Paths
 from engine.oslayers.linux.tasks import Tasks
+from engine.records import dataclass
 from engine.types import OpenFileInfo
 
 KINDS = {REGULAR: "file", 0x4000: "directory", SOCKET: "socket", FIFO: "pipe", 0xA000: "link", 0x2000: "device",

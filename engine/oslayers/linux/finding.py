@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 from engine.errors import EngineError, FaultError, NotRecognisedError
 from engine.formats.vmcoreinfo import Vmcoreinfo
@@ -28,6 +27,7 @@ from engine.oslayers.linux.architectures import (
     x86_64,
 )
 from engine.oslayers.linux.ram import layouts
+from engine.records import dataclass
 from engine.translate.mmu import Root, Walker
 from engine.translate.virtual import VirtualMemory
 from engine.types import Extent

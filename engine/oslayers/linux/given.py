@@ -15,7 +15,6 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import IO, cast
 
 from engine.errors import EngineError, FaultError, NotFoundError, NotRecognisedError, UnusableTargetError
@@ -29,6 +28,7 @@ from engine.formats.system_map import parse_system_map
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.layout import TypeSource
 from engine.oslayers.linux.finding import Found
+from engine.records import dataclass
 
 SIZE_LIMIT = 512 << 20
 """Bytes of a file that is read whole, unpacked; the largest ISF have sixty million."""

@@ -10,12 +10,12 @@ Sources: Linux kernel/pid.c, include/linux/{pid,pid_namespace,idr}.h; releases 5
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.tasks import TASK_LIMIT, TaskRecord, Tasks
 from engine.oslayers.linux.walks import xarray, xarray_entry
+from engine.records import dataclass
 
 RING, NUMBERS = "task ring", "pid numbers"
 """Where a process may be found: in the list of tasks, in the table of PIDs."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.errors import NotFoundError
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayer import KernelLog
 from engine.oslayers.linux.objects import decoded
+from engine.records import dataclass
 from engine.types import LogRecord
 
 COUNT_LIMIT, SIZE_LIMIT = 22, 28

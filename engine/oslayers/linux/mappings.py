@@ -6,7 +6,6 @@ Sources: Linux include/linux/mm.h (flags of VMAs), mm_types.h, fs.h; releases 5.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from engine.errors import FaultError
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.vmas import vma_addresses
+from engine.records import dataclass
 
 SHARED, UFFD_MISSING, PFNMAP, IO, HUGETLB, MIXEDMAP = 0x8, 0x200, 0x400, 0x4000, 0x40_0000, 0x1000_0000
 """Of vm_flags (include/linux/mm.h; the same in 5.10 to 7.x)."""

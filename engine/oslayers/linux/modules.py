@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +18,7 @@ from engine.oslayer import Module
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.walks import ring
+from engine.records import dataclass
 from engine.types import ExportInfo, Extent, ModuleInfo, SectionInfo
 
 MODULE_LIMIT = 1 << 14

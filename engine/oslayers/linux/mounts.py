@@ -10,13 +10,13 @@ include/linux/{mount,fs}.h; releases 5.10 to 7.x.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.paths import DEPTH_LIMIT, Paths
 from engine.oslayers.linux.tasks import Tasks
 from engine.oslayers.linux.walks import red_black_tree, settled_ring
+from engine.records import dataclass
 
 MOUNT_LIMIT = 1 << 17
 """fs.mount-max is 100,000 by default (fs/namespace.c)."""

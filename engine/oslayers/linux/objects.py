@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from engine.errors import FaultError
 from engine.layout import Field, StructLayout, TypeSource
 from engine.memory import Addresses, Memory, as_addresses
+from engine.records import dataclass
 
 Column = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]

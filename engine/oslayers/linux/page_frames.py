@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from engine.oslayers.linux.mappings import file_mappings
 from engine.oslayers.linux.objects import Mask
 from engine.oslayers.linux.tasks import Tasks
 from engine.oslayers.linux.walks import xarray
+from engine.records import dataclass
 
 VOTES = 3
 """Pages that must agree on where the array begins: pages that were copied on write contradict."""

@@ -6,7 +6,7 @@ carry is absent: `types` is None without BTF, and without KALLSYMS_ALL data symb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, NotFoundError
@@ -18,6 +18,7 @@ from engine.layout import TypeSource
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.profile_cache import Parts, built_without_types, keep, recall
+from engine.records import dataclass
 from engine.types import Extent
 
 if TYPE_CHECKING:

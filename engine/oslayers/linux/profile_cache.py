@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from engine.formats.ksymtab import Ksymtab
 from engine.kept_columns import Entry, KeptColumns
 from engine.memory import Memory
 from engine.oslayers.linux.finding import Found
+from engine.records import dataclass
 from engine.types import Extent
 
 VERSION = 1

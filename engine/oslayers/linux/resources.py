@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 from engine.errors import FaultError
 from engine.memory import Memory
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent
 
 RESOURCE_LIMIT = 1 << 16

@@ -6,7 +6,6 @@ What a person gives (`dtb=`, `kaslr=`) narrows the search; it is never needed, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError
@@ -17,6 +16,7 @@ from engine.oslayers.linux.claims import leads
 from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.unaided import unaided
+from engine.records import dataclass
 from engine.translate.modes import roots_of
 from engine.translate.virtual import VirtualMemory
 

@@ -13,11 +13,12 @@ migration, poison), swapops.h, arch/x86/include/asm/pgtable_64.h, arch/arm64/inc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from engine.errors import FaultError, FaultKind, NotFoundError
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.paths import Paths
+from engine.records import dataclass
 from engine.translate.mmu import AbsentHook, Translation
 
 TYPES = 32

@@ -6,7 +6,6 @@ Sources: Linux include/linux/sched.h, sched/signal.h, cred.h, pid.h, fs/proc/arr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from engine.oslayers.linux.names import KernelThreadNames
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.walks import settled_ring
+from engine.records import dataclass
 
 NOTHING_KNOWN = StructLayout("", 0, ())
 """Stands for a structure of which no member is known."""

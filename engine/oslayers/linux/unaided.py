@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from engine.oslayers.linux.claims import Lead, leads
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found, image_extent
 from engine.oslayers.linux.ram import layouts, place_in
 from engine.oslayers.linux.roots import addresses_of, aligned, entry_counts, mapping_roots, pages_of, table_like
+from engine.records import dataclass
 from engine.translate.mmu import Walker
 from engine.translate.virtual import VirtualMemory
 from engine.types import ADDRESS_SPACE

@@ -9,13 +9,13 @@ Sources: Linux include/linux/{list,xarray,maple_tree,rbtree}.h, lib/{xarray,mapl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import FaultError
 from engine.layout import Field
 from engine.oslayers.linux.objects import Objects
+from engine.records import dataclass
 
 LIST_LIMIT = 1 << 20
 TREE_LIMIT = 1 << 20

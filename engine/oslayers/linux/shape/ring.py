@@ -10,13 +10,13 @@ Sources: Linux include/linux/sched.h, init/init_task.c (the idle task's name), r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import FaultError
 from engine.memory import Memory, as_addresses
 from engine.oslayers.linux.shape.sample import Sample
+from engine.records import dataclass
 
 TASK_BYTES = 8192
 """Bytes of a task in which members are looked for; those in question stand within the first 5000."""

@@ -9,13 +9,13 @@ in a page that is damaged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.memory import Addresses, Memory, as_addresses
+from engine.records import dataclass
 
 Column = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]

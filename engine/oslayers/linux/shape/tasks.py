@@ -20,7 +20,7 @@ releases 5.10 to 7.x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from engine.layout import DataType
 from engine.memory import Addresses, Memory
 from engine.oslayers.linux.shape.sample import Column, Mask, Sample, one
 from engine.oslayers.linux.shape.types import Members, number, pointer
+from engine.records import dataclass
 
 PID_LIMIT = 1 << 22
 PF_KTHREAD = 0x0020_0000
