@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -54,6 +55,11 @@ class Living:
             for offset in range(0, len(data), 4096):
                 file.seek(self.host_address(address + offset))
                 file.write(data[offset : offset + 4096])
+
+    def at(self, place: int, size: int) -> bytes:
+        """What QEMU's own memory holds."""
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, place)
 
     def saved(self, address: int, size: int) -> bytes:
         """Physical memory as QEMU itself reads it."""

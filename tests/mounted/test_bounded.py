@@ -23,7 +23,7 @@ LIMIT = 80
 
 WIDE_TREE = """
 import signal, stat, sys
-from cloudfs import mount, operations, resting
+from cloudfs import mount, pruning, resting
 from cloudfs.node import Attributes, Directory, File
 
 class Leaf(File):
@@ -60,7 +60,7 @@ class Operations(mount.TreeOperations):
 made = []
 signal.signal(signal.SIGUSR1, report)
 mount.TreeOperations = Operations
-operations.ROUND = float(sys.argv[5])
+pruning.ROUND = float(sys.argv[5])
 mount.Rest = Rest
 options = mount.MountOptions(self_check=True, rest_after=float(sys.argv[3]), stall_limit=float(sys.argv[4]))
 mount.mount(Wide(None), sys.argv[1], options, ready=lambda: print("ready", flush=True))
