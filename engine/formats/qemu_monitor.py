@@ -51,7 +51,7 @@ def ram_views(text: str, backends: Collection[str]) -> list[View]:
         if _PHYSICAL.search(part):
             found = list(_views(part))
             writable = {view.block for view, kind in found if kind == "ram"}
-            main = {block for block in writable if block in backends or _MAIN.fullmatch(block)}
+            main = {block for block in writable if _name(block) in backends or _MAIN.fullmatch(block)}
             if not main and writable:
                 sizes = {block: sum(view.size for view, _ in found if view.block == block) for block in writable}
                 main = {max(sizes, key=lambda block: sizes[block])}
@@ -65,6 +65,16 @@ def _views(part: str) -> Iterator[tuple[View, str]]:
         start, stop = int(first, 16), int(last, 16) + 1
         if number < LINES_MOST and kind in ("ram", "rom") and stop > start:
             yield View(start, stop - start, block, int(offset or "0", 16)), kind
+
+
+def _name(block: str) -> str:
+    """A backend's name, which stands with its path in machines of QEMU 4.0 and before."""
+    return block.removeprefix("/objects/")
+
+
+def memory_devices(text: str) -> frozenset[str]:
+    """The names of the backends of devices (pc-dimm, virtio-mem) in the output of `info memory-devices`."""
+    return frozenset(_name(path) for path in re.findall(r"(?m)^ +memdev: (.+)$", text))
 
 
 def memory_backends(text: str) -> frozenset[str]:

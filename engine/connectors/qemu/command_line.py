@@ -1,25 +1,31 @@
 """What QEMU's command line says of a guest: its name, machine, RAM, monitors.
 
 libvirt writes `-name guest=NAME,debug-threads=on`, `-m size=2097152k,slots=16,maxmem=…` and objects as JSON; people
-write `-m 2G -machine q35`. What a configuration file (-readconfig) says is not seen here: QEMU's monitor knows.
+write `-m 2G -machine q35`. Files for -readconfig are taken in where they can be read.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Literal
 
-from engine.connectors.qemu.words import is_on, options, pairs, size_of
+from engine.connectors.qemu.emulators import Called, called
+from engine.connectors.qemu.words import is_on, options, pairs, sections, size_of
 from engine.records import dataclass
 
-EMULATOR = re.compile(r"\.?qemu-system-([a-z0-9_]+)(?:-[a-z0-9_-]+)?|qemu-kvm|kvm")
-"""Names of QEMU's executable: `qemu-system-x86_64`, as some distributions wrap it, and those that mean this machine."""
 DEFAULT_SIZE = 128 << 20
 """QEMU's -m where there is none (hw/core/machine.c, default_ram_size)."""
-DEFAULT_MACHINES = {"x86_64": "pc", "i386": "pc"}
+DEFAULT_SIZES = {
+    "pseries": 512 << 20, "powernv": 1 << 30, "sbsa-ref": 1 << 30, "raspi2b": 1 << 30, "raspi3b": 1 << 30,
+    "raspi4b": 2 << 30,
+}  # fmt: skip
+"""The same of machines that have one of their own (default_ram_size in hw/arm and hw/ppc)."""
+DEFAULT_MACHINES = {
+    "x86_64": "pc", "i386": "pc", "ppc64": "pseries", "s390x": "s390-ccw-virtio", "riscv64": "spike",
+    "riscv32": "spike", "loongarch64": "virt",
+}  # fmt: skip
 """What runs where no machine is named; other architectures have no default, or one of an old board."""
 ENCRYPTED = {
     "sev-guest": "SEV", "sev-snp-guest": "SEV-SNP", "tdx-guest": "TDX", "s390-pv-guest": "Protected Virtualization",
@@ -37,6 +43,8 @@ class Backend:
     size: int | None
     path: str = ""
     share: bool = False
+    number: int = 0
+    """Its place among the objects: in that order QEMU makes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,22 @@ class Address:
         if self.kind == "tcp":
             return f"{self.host}:{self.port}"
         return ("@" if self.abstract else "") + self.path if self.kind == "unix" else "a descriptor of its manager"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that brings a guest memory beside its RAM, or shows it that of others."""
+
+    driver: str
+    backend: Backend
+    address: int | None
+    label: int
+    """Bytes at the end of its backend that are no memory of the guest (of an nvdimm)."""
+
+    @property
+    def plugged(self) -> bool:
+        """Whether it is RAM of the guest: pc-dimm, nvdimm, virtio-mem; not what programs share (ivshmem)."""
+        return self.driver in ("pc-dimm", "nvdimm") or self.driver.startswith(("virtio-mem", "virtio-pmem"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +100,24 @@ class CommandLine:
     accelerators: tuple[str, ...] = ()
     encryption: str | None = None
     """What encrypts the guest's memory."""
-    plugged: bool = False
-    """Whether there are memory devices (pc-dimm, virtio-mem) beside its RAM."""
+    devices: tuple[Device, ...] = ()
+    """Those that have memory of their own, in their order."""
+    others: frozenset[str] = frozenset()
+    """Names of memory backends that are no RAM of the guest."""
+    most: int = 0
+    """Bytes up to which memory can be plugged in (maxmem); 0 where none can."""
+    unread: str = ""
+    """A file for -readconfig that could not be read."""
+
+    @property
+    def plugged(self) -> tuple[Device, ...]:
+        """Memory that is plugged in beside RAM from the start."""
+        return tuple(device for device in self.devices if device.plugged)
 
     @property
     def family(self) -> str:
         """The machine without its version: pc, q35, microvm, virt."""
-        name = re.sub(r"^pc-(i440fx|q35)\b.*", lambda match: {"i440fx": "pc", "q35": "q35"}[match[1]], self.machine)
-        return re.sub(r"-(?:[0-9]+\.[0-9]+|rhel[0-9.]+|[a-z]+-[0-9.]+)$", "", name)
+        return family_of(self.machine)
 
     @property
     def translates(self) -> bool:
@@ -91,79 +125,138 @@ class CommandLine:
         return self.accelerators[:1] in ((), ("tcg",))
 
 
-def emulator(executable: str | None, arguments: Sequence[str]) -> re.Match[str] | None:
-    """The name of QEMU's executable, as what is run or as it was called; None of other programs."""
-    for path in (executable, arguments[0] if arguments else None):
-        if path and (found := EMULATOR.fullmatch(os.path.basename(path))):
-            return found
-    return None
+_FAMILIES = re.compile(r"(pc-i440fx|pc-q35|pc|q35|virt|pseries|s390-ccw-virtio|powernv)(?:[-+][^,]*|[0-9]+)?")
+"""Machines that come in versions: of QEMU's own or of a distribution (pc-q35-rhel9.2.0, q35+pve0, virt-jammy)."""
+_ALIASES = {"pc-i440fx": "pc", "pc-q35": "q35", "ubuntu": "pc", "ubuntu-q35": "q35"}
 
 
-def parse(executable: str | None, arguments: Sequence[str]) -> CommandLine | None:
-    """Read the command line of a process; None where it is not QEMU's."""
-    called = emulator(executable, arguments)
-    if called is None:
-        return None
+def family_of(machine: str) -> str:
+    """A machine's type without its version."""
+    versioned = _FAMILIES.fullmatch(machine)
+    name = versioned[1] if versioned else machine
+    return _ALIASES.get(name, name)
+
+
+Configuration = Callable[[str], "str | None"]
+"""Gives the text of a file for -readconfig, or None where it cannot be had."""
+
+
+def parse(
+    executable: str | None, arguments: Sequence[str], architecture: str | None = None,
+    configuration: Configuration | None = None,
+) -> CommandLine | None:
+    """Read the command line of a process; None where it is not QEMU's.
+
+    `architecture` is that of the process: of its guest too, where the emulator's name says no other.
+    """
+    found = called(executable, arguments)
+    return None if found is None else read_line(found, architecture, configuration)
+
+
+def read_line(
+    found: Called, architecture: str | None = None, configuration: Configuration | None = None
+) -> CommandLine:
+    """The command line of a QEMU that was called so."""
     given: dict[str, list[str]] = {}
-    for option, value in options(arguments):
+    unread = ""
+    for option, value in _all_options(found.arguments, configuration):
+        if option == "readconfig":
+            unread = value
         given.setdefault({"M": "machine", "qmp-pretty": "qmp"}.get(option, option), []).append(value)
     if "enable-kvm" in given:
         given["accel"] = ["kvm"]
-    machine = _machine(given)
+    machine = _merged(given, "machine", "type")
     objects = [pairs(value, "qom-type") for value in given.get("object", [])]
-    kind = machine.get("type") or DEFAULT_MACHINES.get(called[1] or "", "")
-    path = given.get("mem-path", [""])[-1]
+    kind = machine.get("type") or _default_machine(found, architecture)
+    known = _backends(objects)
+    backends = _of_ram(given, machine, known)
+    devices = tuple(_devices(given, known))
+    memory = _merged(given, "m", "size")
     return CommandLine(
-        architecture=called[1],
-        name=_name(given),
+        architecture=found.architecture,
+        name=_merged(given, "name", "guest").get("guest") or None,
         uuid=given.get("uuid", [None])[-1],
         machine=kind,
         machine_options=machine,
-        size=_size(given),
-        backends=_backends(given, machine, objects),
-        path=path,
+        size=_size(memory, machine, backends, family_of(kind)),
+        backends=backends,
+        path=given.get("mem-path", [""])[-1],
         monitors=tuple(_monitors(given)),
-        accelerators=_accelerators(given, machine, called[0]),
+        accelerators=_accelerators(given, machine, found.name),
         encryption=_encryption(machine, objects),
-        plugged=any(pairs(value, "driver").get("memdev") for value in given.get("device", [])),
+        devices=devices,
+        others=_others(known, devices),
+        most=size_of(memory.get("maxmem"), "m") or size_of(machine.get("memory.max-size")) or 0,
+        unread=unread,
     )
 
 
-def _machine(given: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _default_machine(found: Called, architecture: str | None) -> str:
+    if found.flavour == "microvm":
+        return "microvm"
+    return DEFAULT_MACHINES.get(found.architecture or architecture or "", "")
+
+
+def _all_options(arguments: Sequence[str], configuration: Configuration | None) -> Iterator[tuple[str, str]]:
+    """Those on the command line and in the files that it names; a file that cannot be read stays as it is."""
+    for option, value in options(arguments):
+        text = configuration(value) if configuration is not None and option == "readconfig" else None
+        if text is None:
+            yield option, value
+        else:
+            yield from sections(text)
+
+
+def _merged(given: Mapping[str, Sequence[str]], option: str, first: str) -> dict[str, str]:
+    """The words of an option that may stand several times."""
     found: dict[str, str] = {}
-    for value in given.get("machine", []):
-        found.update(pairs(value, "type"))
+    for value in given.get(option, []):
+        found.update(pairs(value, first))
     return found
 
 
-def _name(given: Mapping[str, Sequence[str]]) -> str | None:
-    found: dict[str, str] = {}
-    for value in given.get("name", []):
-        found.update(pairs(value, "guest"))
-    return found.get("guest") or None
+def _size(
+    memory: Mapping[str, str], machine: Mapping[str, str], backends: Sequence[Backend], family: str
+) -> int:
+    size = size_of(memory.get("size"), "m") or size_of(machine.get("memory.size"))
+    if size:
+        return -(-size // 8192) * 8192  # as QEMU rounds it (hw/core/machine.c)
+    told = [backend.size for backend in backends if backend.size]
+    return sum(told) if told else DEFAULT_SIZES.get(family, DEFAULT_SIZE)
 
 
-def _size(given: Mapping[str, Sequence[str]]) -> int:
-    found: dict[str, str] = {}
-    for value in given.get("m", []):
-        found.update(pairs(value, "size"))
-    size = size_of(found.get("size"), "m")
-    return -(-size // 8192) * 8192 if size else DEFAULT_SIZE  # as QEMU rounds it (hw/core/machine.c)
-
-
-def _backends(
-    given: Mapping[str, Sequence[str]], machine: Mapping[str, str], objects: Sequence[Mapping[str, str]]
-) -> tuple[Backend, ...]:
+def _backends(objects: Sequence[Mapping[str, str]]) -> dict[str, Backend]:
     known: dict[str, Backend] = {}
-    for one in objects:
+    for number, one in enumerate(objects):
         kind, name = one.get("qom-type", ""), one.get("id", "")
         if kind.startswith("memory-backend-") and name:
             share = is_on(one.get("share", "on" if kind.endswith("-memfd") else "off"))
             kind = kind.removeprefix("memory-backend-")
-            known[name] = Backend(name, kind, size_of(one.get("size")), one.get("mem-path", ""), share)
+            known[name] = Backend(name, kind, size_of(one.get("size")), one.get("mem-path", ""), share, number)
+    return known
+
+
+def _of_ram(
+    given: Mapping[str, Sequence[str]], machine: Mapping[str, str], known: Mapping[str, Backend]
+) -> tuple[Backend, ...]:
     wanted = machine.get("memory-backend")
     names = [wanted] if wanted else _of_nodes(given)
     return tuple(known[name] for name in names if name in known) if set(names) <= known.keys() else ()
+
+
+def _devices(given: Mapping[str, Sequence[str]], known: Mapping[str, Backend]) -> Iterator[Device]:
+    for value in given.get("device", []):
+        one = pairs(value, "driver")
+        backend = known.get(one.get("memdev", ""))
+        if backend is not None:
+            address = size_of(one.get("memaddr") or one.get("addr"))
+            yield Device(one.get("driver", ""), backend, address or None, size_of(one.get("label-size")) or 0)
+
+
+def _others(known: Mapping[str, Backend], devices: Sequence[Device]) -> frozenset[str]:
+    """What is shared with other programs, and enclaves (SGX)."""
+    enclaves = {name for name, backend in known.items() if backend.kind == "epc"}
+    return frozenset(enclaves | {one.backend.name for one in devices if not one.plugged})
 
 
 def _of_nodes(given: Mapping[str, Sequence[str]]) -> list[str]:

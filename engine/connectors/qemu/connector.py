@@ -141,8 +141,6 @@ class QemuConnector(Connector):
         notes = [*self._notes, *self._mapped.notes]
         if self._memory.writable and self._guest.line.translates:
             notes.append(TRANSLATED)
-        if self._guest.line.plugged and not self._told_by_qemu:
-            notes.append("memory plugged in beside its RAM is not shown: QEMU's monitor would tell where it is")
         return ConnectorInfo(
             kind=self.kind,
             target=str(self._guest),
@@ -152,10 +150,6 @@ class QemuConnector(Connector):
             writable=self._memory.writable,
             notes=tuple(notes),
         )
-
-    @property
-    def _told_by_qemu(self) -> bool:
-        return any("told by" in note for note in self._notes)
 
     def hints(self) -> TargetHints:
         """See `Connector.hints`: registers too, where QEMU's monitor answers now."""

@@ -11,18 +11,32 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
+
 from engine.errors import FaultError
+from engine.formats.vmcoreinfo import find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MapRange
 
 BIOS, BIOS_SIZE = 0xE_0000, 0x2_0000
 TABLE_MOST = 1 << 20
 TREE_MOST = 2 << 20
+TREES_MOST = 64
 _STEP = 1 << 20
 _RSDP = b"RSD PTR "
 _TREE = b"\xd0\x0d\xfe\xed"
-_PLACES = (0, 128 << 20)
-"""Where QEMU puts a device tree: at the start of RAM, or behind the kernel (hw/arm/boot.c)."""
+_PAGE = 4096
+_BEHIND = 128 << 20
+"""QEMU puts a device tree at the start of RAM, or behind the initramfs, which stands in the middle of RAM or here
+(hw/arm/boot.c)."""
+_INITRAMFS_MOST = 256 << 20
+KERNEL = "a Linux kernel in it"
+
+
+def holds_kernel(memory: Memory, layout: list[MapRange]) -> str | None:
+    """Whether a Linux kernel describes itself there: in any order of the pieces, but not in other memory."""
+    del layout
+    return KERNEL if find_vmcoreinfo(memory) else None
 
 
 def evidence(memory: Memory, layout: list[MapRange]) -> str | None:
@@ -65,14 +79,16 @@ def _root_table(memory: Memory, pointer: bytes) -> bool:
 def _of_board(memory: Memory, layout: list[MapRange]) -> str | None:
     """A device tree in RAM that names this very RAM."""
     first, last = layout[0], layout[-1]
-    places = [first.base + offset for offset in _PLACES]
+    behind = first.base + min(_BEHIND, first.length // 2 // _PAGE * _PAGE)
     top = min(last.stop, first.base + (3 << 30))
+    places = [first.base, *range(behind, min(behind + _INITRAMFS_MOST, first.stop), _PAGE)]
     places += range(max(first.base, (top - 64 * _STEP)) // _STEP * _STEP, top, _STEP)
-    for place in places:
+    heads = np.zeros((len(places), 8), np.uint8)
+    memory.gather(np.array(places, np.uint64), heads)
+    for row in np.flatnonzero((heads[:, :4] == np.frombuffer(_TREE, np.uint8)).all(axis=1))[:TREES_MOST].tolist():
         try:
-            head = memory.read(place, 8)
-            size = struct.unpack(">I", head[4:])[0]
-            if head[:4] == _TREE and 40 <= size <= TREE_MOST and _names(memory.read(place, size), first.base):
+            size = struct.unpack(">I", heads[row, 4:].tobytes())[0]
+            if 40 <= size <= TREE_MOST and _names(memory.read(places[row], size), first.base):
                 return "its device tree"
         except FaultError:
             continue

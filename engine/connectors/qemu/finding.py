@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from engine.connectors.qemu.command_line import CommandLine, parse
+from engine.connectors.qemu.command_line import CommandLine, read_line
+from engine.connectors.qemu.configuration import reader
+from engine.connectors.qemu.emulators import called, disguised
 from engine.errors import AccessDeniedError, FaultError, InvalidArgumentError, NotFoundError
 from engine.oslayer import HostOwned, OsLayer, Process
 from engine.records import dataclass
@@ -21,6 +23,7 @@ class Guest:
     line: CommandLine
     architecture: str | None
     """That of its processor, as the emulator's name or the host tells."""
+    ppid: int | None = None
 
     @property
     def name(self) -> str:
@@ -54,19 +57,29 @@ def guest_of(process: Process) -> Guest | None:
     """The guest that a process runs; None where it is not QEMU, has ended, or may not be looked at."""
     try:
         info = process.info
-        line = parse(info.executable, info.command_line or ())
     except (NotFoundError, AccessDeniedError, FaultError):
         return None
-    if line is None:
+    arguments = info.command_line or ()
+    host = process.capability(HostOwned) is not None
+    found = called(info.executable, arguments)
+    if found is None and host:
+        found = disguised(info.pid, arguments)
+    if found is None:
         return None
-    return Guest(process, info.pid, line, line.architecture or info.architecture)
+    line = read_line(found, info.architecture, reader(info.pid) if host else None)
+    if line.family == "none":
+        return None  # it is asked what it can do, as libvirt does
+    return Guest(process, info.pid, line, line.architecture or info.architecture, info.ppid)
 
 
 def guests(parent: OsLayer) -> Iterator[Guest]:
     """Every guest that runs on an OS layer, ascending by PID."""
+    there: dict[int | None, CommandLine] = {}
     for process in parent.processes():
         found = guest_of(process)
-        if found is not None:
+        # A child with its parent's words tears down what that leaves (-async-teardown), or runs another program soon.
+        if found is not None and there.get(found.ppid) != found.line:
+            there[found.pid] = found.line
             yield found
 
 

@@ -7,22 +7,26 @@ where libvirt holds the monitor; the machine's type and size, confirmed by what 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import field
 
 from engine.connectors.qemu.asking import Human, ask
-from engine.connectors.qemu.evidence import evidence
+from engine.connectors.qemu.command_line import Backend
+from engine.connectors.qemu.evidence import KERNEL, evidence, holds_kernel
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.layouts import ram_layout
 from engine.connectors.qemu.monitor import MonitorError
-from engine.connectors.qemu.ram import Block, Run, assignments, expected, region_at
+from engine.connectors.qemu.plugged import plugged_ranges
+from engine.connectors.qemu.ram import Block, Run, assignments, expected, in_order_of_making, region_at
 from engine.errors import EngineError, NotFoundError, UnusableTargetError
-from engine.formats.qemu_monitor import View, host_address, memory_backends, ram_views
+from engine.formats.qemu_monitor import View, host_address, memory_backends, memory_devices, ram_views
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap
 from engine.records import dataclass
 
 FIRST_MIB = 1 << 20
+NOT_SHOWN = "memory plugged in beside its RAM is not shown: QEMU's monitor would tell where it is"
+LATER = "memory that is plugged in while it runs is not shown: QEMU's monitor would tell of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,18 @@ class Placed:
 
 def by_monitor(guest: Guest, found: Sequence[Run]) -> Placed:
     """What QEMU itself tells. Raises UnsupportedError with the reasons where it cannot be asked."""
-    return ask(guest, lambda human, source: _asked(human, found, source))
+    return ask(guest, lambda human, source: _asked(guest.line.others, human, found, source))
 
 
-def _asked(human: Human, found: Sequence[Run], source: str) -> Placed:
-    """The flat view of physical memory, each block at the address at which QEMU has it. Raises MonitorError."""
-    views = ram_views(human("info mtree -f"), memory_backends(human("info memdev")))
+def _asked(others: Collection[str], human: Human, found: Sequence[Run], source: str) -> Placed:
+    """The flat view of physical memory, each block at the address at which QEMU has it. Raises MonitorError.
+
+    `others` are memory backends that are no RAM.
+    """
+    backends = memory_backends(human("info memdev"))
+    if not backends.isdisjoint(others):
+        backends -= frozenset(others) - memory_devices(human("info memory-devices"))
+    views = ram_views(human("info mtree -f"), backends)
     if not views:
         raise MonitorError(f"{source} shows no RAM")
     bases: dict[str, int] = {}
@@ -107,26 +117,64 @@ def by_machine(
         raise UnusableTargetError(
             f"the RAM of {guest} is not found: no mapping of {sizes} is read and written but not executed; "
             "say where it lies: base=ADDRESS,size=BYTES"
+            + (f"; its configuration file {guest.line.unread!r} cannot be read" if guest.line.unread else "")
         )
-    laid_out = [(_laid_out(guest, blocks, memory_map, size), blocks) for blocks in ways]
-    proofs = [(ranges, blocks, _proof(view, ranges)) for ranges, blocks in laid_out]
-    proved = [one for one in proofs if one[2]]
-    if len(proofs) > 1 and len(proved) != 1:
-        there = "; ".join(", ".join(map(str, blocks)) for _, blocks, _ in proofs[:8])
-        raise UnusableTargetError(
-            f"several mappings may be the RAM of {guest}: {there}; say which: base=ADDRESS,size=BYTES, or make QEMU's "
-            "monitor reachable (-qmp unix:PATH,server=on,wait=off)"
-        )
-    ranges, _, proof = (proved or proofs)[0]
+    proofs = [_Way(blocks, _laid_out(guest, blocks, memory_map, size), view) for blocks in ways]
+    way = _chosen(guest, wanted, proofs)
     told = "map=" if memory_map is not None else f"concluded from its machine ({guest.line.machine or '?'}) and size"
-    note = f"the layout of its RAM is {told}" + (f", confirmed by {proof}" if proof else ", confirmed by nothing in it")
-    return Placed(tuple(ranges), (note,))
+    note = f"the layout of its RAM is {told}, confirmed by {way.proof or 'nothing in it'}"
+    if memory_map is not None:
+        return Placed(tuple(way.ranges), (note,))
+    plugged = plugged_ranges(guest.line, guest.architecture, found, way.ranges, way.blocks)
+    notes = [note]
+    if plugged is None:
+        notes.append(NOT_SHOWN)
+    elif guest.line.most > size + sum(device.backend.size or 0 for device in guest.line.plugged):
+        notes.append(LATER)
+    return Placed((*way.ranges, *(plugged or ())), tuple(notes))
 
 
-def _proof(view: Callable[[Sequence[MapRange]], Memory], ranges: Sequence[MapRange]) -> str | None:
-    with contextlib.suppress(EngineError):
-        return evidence(view(ranges), list(ranges))
-    return None
+class _Way:
+    """One way to say which mapping is which piece of RAM."""
+
+    def __init__(
+        self, blocks: Sequence[Block], ranges: list[MapRange], view: Callable[[Sequence[MapRange]], Memory]
+    ) -> None:
+        self.blocks = blocks
+        self.ranges = ranges
+        self.view = view
+        self.proof = self._proof(evidence)
+
+    def _proof(self, look: Callable[[Memory, list[MapRange]], str | None]) -> str | None:
+        with contextlib.suppress(EngineError):
+            return look(self.view(self.ranges), self.ranges)
+        return None
+
+    def look_for_kernel(self) -> None:
+        """Go through all of it, which takes a second for some GiB."""
+        self.proof = self._proof(holds_kernel)
+
+
+def _chosen(guest: Guest, wanted: Sequence[Backend], ways: list[_Way]) -> _Way:
+    """The only way, or the only one that memory confirms. Raises UnusableTargetError that names those there are.
+
+    Nodes of one size in the wrong order may be confirmed too: then it is the order in which QEMU makes them.
+    """
+    if len(ways) == 1:
+        return ways[0]
+    if not any(way.proof for way in ways):
+        for way in ways:
+            way.look_for_kernel()
+    proved = [way for way in ways if way.proof]
+    if len(proved) > 1:
+        proved = [way for way in proved if way.proof != KERNEL and in_order_of_making(wanted, way.blocks)]
+    if len(proved) == 1:
+        return proved[0]
+    there = "; ".join(", ".join(map(str, way.blocks)) for way in ways[:8])
+    raise UnusableTargetError(
+        f"several mappings may be the RAM of {guest}: {there}; say which: base=ADDRESS,size=BYTES, or make QEMU's "
+        "monitor reachable (-qmp unix:PATH,server=on,wait=off)"
+    )
 
 
 def _laid_out(guest: Guest, blocks: Sequence[Block], memory_map: MemoryMap | None, size: int) -> list[MapRange]:

@@ -1,7 +1,8 @@
 """Where a guest's RAM lies in its QEMU: mappings told by sizes and names, where no monitor tells more.
 
-Never taken: what is executable (TCG's buffer of translated code is 1 GiB of `rwxp`), what belongs to a device (a BAR
-of a device that was passed through may exceed RAM), heap and stacks, and files that are not the guest's RAM.
+Never taken: what is executable (TCG's buffer of translated code is 1 GiB of `rwxp`) or the same buffer mapped to be
+written, what belongs to a device (a BAR of a device that was passed through may exceed RAM), heap and stacks, and files
+that are not the guest's RAM.
 
 Sources: QEMU util/mmap-alloc.c (RAM of 2 MiB and more begins at a multiple of that, with a page without rights
 behind it), backends/hostmem-*.c (what the files are called), proc_pid_maps(5).
@@ -22,6 +23,8 @@ ALIGNMENT = 2 << 20
 REGIONS_MOST = 1 << 18
 ASSIGNMENTS_MOST = 64
 _ZERO, _MEMFD, _HUGE = "/dev/zero", "/memfd:", "/anon_hugepage"
+_TRANSLATED = "/memfd:tcg-jit"
+"""The buffer of translated code as it is written (`-accel tcg,split-wx=on`; tcg/region.c)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ def runs(regions: Iterable[Region]) -> list[Run]:
         if number >= REGIONS_MOST:
             break
         if region.rights & (Rights.READ | Rights.WRITE | Rights.EXECUTE) != Rights.READ | Rights.WRITE:
+            continue
+        if region.path.startswith(_TRANSLATED):
             continue
         if found and _continues(found[-1][-1], region):
             found[-1].append(region)
@@ -148,6 +153,12 @@ def assignments(wanted: Sequence[Backend], found: Sequence[Run]) -> Iterator[tup
             given += 1
         if given >= ASSIGNMENTS_MOST:
             return
+
+
+def in_order_of_making(wanted: Sequence[Backend], blocks: Sequence[Block]) -> bool:
+    """Whether pieces of one size lie as the kernel places what is mapped one after the other: each below the last."""
+    made = sorted(zip(wanted, blocks, strict=True), key=lambda pair: (pair[1].size, pair[0].number))
+    return all(one.start > two.start for (_, one), (_, two) in pairwise(made) if one.size == two.size)
 
 
 def _neighbours(blocks: Sequence[Block]) -> Iterator[tuple[Block, Block]]:

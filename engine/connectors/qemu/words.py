@@ -1,8 +1,8 @@
 """The syntax of QEMU's command line: options, their key=value lists, sizes.
 
 Sources: QEMU util/keyval.c and util/qemu-option.c (a comma inside of a value is written twice; the first word may
-stand without its key; JSON where the value begins with a brace), util/cutils.c (qemu_strtosz), qemu-options.hx (which
-options take no value).
+stand without its key; JSON where the value begins with a brace), util/qemu-config.c (files for -readconfig),
+util/cutils.c (qemu_strtosz), qemu-options.hx (which options take no value).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
 WITHOUT_VALUE = frozenset(
-    "S alt-grab ctrl-grab curses daemonize enable-fips enable-kvm full-screen h help localtime mem-prealloc "
-    "no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-quit no-reboot no-shutdown no-user-config nodefaults nodefconfig "
-    "nographic old-param only-migratable portrait preconfig rtc-td-hack s sdl semihosting singlestep snapshot usb "
-    "version win2k-hack xen-attach xen-domid-restrict".split()
+    "S alt-grab async-teardown ctrl-grab curses daemonize enable-fips enable-hax enable-kvm enable-sync-profile "
+    "full-screen h help jitdump localtime mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-kvm-irqchip "
+    "no-kvm-pit no-kvm-pit-reinjection no-quit no-reboot no-shutdown no-user-config nodefaults nodefconfig nographic "
+    "old-param one-insn-per-tb only-migratable perfmap portrait preconfig rtc-td-hack s sdl semihosting singlestep "
+    "snapshot tdf usb version win2k-hack xen-attach xen-domid-restrict".split()
 )
 """Options that stand alone; all others of QEMU take one value."""
 OPTIONS_MOST = 1 << 16
@@ -68,9 +69,9 @@ def _split(text: str) -> list[str]:
 
 
 def _json(text: str) -> dict[str, str]:
-    """The members of an object; of those in members the names are joined by a dot."""
+    """The members of an object; of those in members the names are joined by a dot. QEMU takes single quotes too."""
     try:
-        document = json.loads(text)
+        document = json.loads(text if '"' in text else text.replace("'", '"'))
     except (ValueError, RecursionError):
         return {}
     found: dict[str, str] = {}
@@ -84,6 +85,30 @@ def _json(text: str) -> dict[str, str]:
         elif isinstance(value, str | int | float):
             found[prefix] = str(value)
     return found
+
+
+_SECTION = re.compile(r"\[([a-z0-9_-]{1,64})(?:\s+\"([^\"]*)\")?\]")
+_MEMBER = re.compile(r"([A-Za-z0-9_.-]{1,64})\s*=\s*\"([^\"]*)\"")
+_GROUPS = {"memory": "m", "smp-opts": "smp"}
+
+
+def sections(text: str) -> Iterator[tuple[str, str]]:
+    """What a file for -readconfig says, as `options` gives it: (option, its words)."""
+    name, words = "", list[str]()
+    for line in text.splitlines()[:OPTIONS_MOST]:
+        if head := _SECTION.fullmatch(line.strip()):
+            if name:
+                yield name, ",".join(words)
+            name = _GROUPS.get(head[1], head[1])
+            words = [] if head[2] is None else [_word("id", head[2])]
+        elif member := _MEMBER.fullmatch(line.strip()):
+            words.append(_word(member[1], member[2]))
+    if name:
+        yield name, ",".join(words)
+
+
+def _word(key: str, value: str) -> str:
+    return f"{key}={value}".replace(",", ",,")
 
 
 def size_of(text: str | None, unit: str = "b") -> int | None:
