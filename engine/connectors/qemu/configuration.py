@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from engine.connectors.qemu.places import reach
 from engine.mounts import Backing, backing_of_file
 
 SIZE_MOST = 1 << 20
@@ -16,9 +17,8 @@ def reader(pid: int) -> Callable[[str], str | None]:
     """What reads files by their names in a process of this host: gives their text, None where that cannot be had."""
 
     def read(path: str) -> str | None:
-        place = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
         try:
-            number = os.open(place, os.O_PATH | os.O_CLOEXEC)
+            number = reach(path, pid)
         except (OSError, ValueError):
             return None
         try:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from engine.connectors.qemu.command_line import Address
+from engine.connectors.qemu.places import reach
 from engine.errors import AccessDeniedError, NotFoundError, TargetBusyError, TargetTimeoutError, UnsupportedError
 
 GREETING = 1.0
@@ -162,8 +163,7 @@ def _unix(address: Address, pid: int) -> socket.socket:
 @contextlib.contextmanager
 def _reached(path: str, pid: int) -> Iterator[str]:
     """A short path by which a path of the process is reached: it may have another root, and 108 bytes are the most."""
-    place = f"/proc/{pid}/root{path}" if path.startswith("/") else f"/proc/{pid}/cwd/{path}"
-    number = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    number = reach(path, pid)
     try:
         yield f"/proc/self/fd/{number}"
     finally:
