@@ -10,10 +10,10 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from engine.records import dataclass
 
 from engine.connectors.qemu.words import options
 from engine.mounts import Backing, backing_of_file
+from engine.records import dataclass
 
 EMULATOR = re.compile(r"\.?qemu-system-(?P<architecture>[a-z0-9_]+)(?:-(?P<flavour>[a-z0-9_-]+))?|qemu-kvm|kvm")
 """Names of QEMU's executable: `qemu-system-x86_64`, as some distributions wrap it, and those that mean this machine."""
