@@ -9,7 +9,7 @@
       00000000000c3000-00000000000e7fff (prio 0, rom): pc.ram @00000000000c3000 KVM
 
 `rom` of a block that is RAM elsewhere is RAM that the guest cannot write at the moment (shadows of a PC's BIOS);
-`ramd` is the memory of a device that was passed through; `@` is left out where the offset is 0; the address behind
+`nv-ram` is RAM of an nvdimm; `ramd` is the memory of a device that was passed through; `@` is left out where the offset is 0; the address behind
 the dash belongs to the line (softmmu/memory.c, mtree_print_flatview).
 """
 
@@ -50,7 +50,7 @@ def ram_views(text: str, backends: Collection[str]) -> list[View]:
     for part in re.split(r"(?m)^FlatView #\d+", text, maxsplit=VIEWS_MOST):
         if _PHYSICAL.search(part):
             found = list(_views(part))
-            writable = {view.block for view, kind in found if kind == "ram"}
+            writable = {view.block for view, kind in found if kind != "rom"}
             main = {block for block in writable if _name(block) in backends or _MAIN.fullmatch(block)}
             if not main and writable:
                 sizes = {block: sum(view.size for view, _ in found if view.block == block) for block in writable}
@@ -63,7 +63,7 @@ def _views(part: str) -> Iterator[tuple[View, str]]:
     for number, match in enumerate(_LINE.finditer(part)):
         first, last, kind, block, offset = match.groups()
         start, stop = int(first, 16), int(last, 16) + 1
-        if number < LINES_MOST and kind in ("ram", "rom") and stop > start:
+        if number < LINES_MOST and kind in ("ram", "rom", "nv-ram") and stop > start:
             yield View(start, stop - start, block, int(offset or "0", 16)), kind
 
 

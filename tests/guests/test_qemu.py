@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -372,35 +371,6 @@ def test_readers_of_a_guest_that_is_killed_end_and_see_nothing_else(start, opene
         begun.wait(20)
         living.kill()
         assert {result.result(30) for result in results} == {"gone"}
-
-
-DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>128</memory><vcpu>1</vcpu>
-<memoryBacking><source type='{source}'/></memoryBacking>
-<os><type arch='x86_64' machine='q35'>hvm</type></os>
-<devices><emulator>/usr/bin/qemu-system-x86_64</emulator><memballoon model='none'/></devices></domain>"""
-
-
-def virsh(*words: str) -> str:
-    done = subprocess.run(["virsh", "-c", "qemu:///system", *words], capture_output=True, text=True, timeout=60)
-    return done.stdout if done.returncode == 0 else pytest.skip(f"libvirt does not run guests here: {done.stderr}")
-
-
-@pytest.mark.parametrize("source", ["anonymous", "memfd", "file"])
-def test_a_domain_of_libvirt_is_told_by_libvirt_and_paused_by_it(opened, tmp_path, source):
-    if shutil.which("virsh") is None:
-        pytest.skip("there is no libvirt on this machine")
-    name = f"cloudfs-test-{os.getpid()}"
-    (tmp_path / "domain.xml").write_text(DOMAIN.format(name=name, source=source))
-    virsh("create", str(tmp_path / "domain.xml"))
-    try:
-        connector = opened(name)
-        assert connector.info.notes == ("the layout of its RAM is told by libvirt",)
-        assert connector.memory_map.coalesced() == opened(name, qmp="no").memory_map.coalesced()
-        connector.pause()
-        assert virsh("domstate", name).strip() == "paused"
-        assert connector.hints().registers
-    finally:
-        virsh("destroy", name)
 
 
 def test_a_guest_whose_memory_is_encrypted_is_refused_in_one_sentence(opened):

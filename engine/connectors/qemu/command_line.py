@@ -18,10 +18,10 @@ from engine.records import dataclass
 DEFAULT_SIZE = 128 << 20
 """QEMU's -m where there is none (hw/core/machine.c, default_ram_size)."""
 DEFAULT_SIZES = {
-    "pseries": 512 << 20, "powernv": 1 << 30, "sbsa-ref": 1 << 30, "raspi2b": 1 << 30, "raspi3b": 1 << 30,
-    "raspi4b": 2 << 30,
+    "ppc64 pseries": 512 << 20, "ppc64 powernv": 1 << 30, "aarch64 sbsa-ref": 1 << 30, "arm raspi2b": 1 << 30,
+    "aarch64 raspi2b": 1 << 30, "aarch64 raspi3b": 1 << 30, "aarch64 raspi4b": 2 << 30, "loongarch64 virt": 1 << 30,
 }  # fmt: skip
-"""The same of machines that have one of their own (default_ram_size in hw/arm and hw/ppc)."""
+"""The same of machines that have one of their own (default_ram_size in hw/arm, hw/ppc, hw/loongarch)."""
 DEFAULT_MACHINES = {
     "x86_64": "pc", "i386": "pc", "ppc64": "pseries", "s390x": "s390-ccw-virtio", "riscv64": "spike",
     "riscv32": "spike", "loongarch64": "virt",
@@ -120,6 +120,11 @@ class CommandLine:
         return family_of(self.machine)
 
     @property
+    def holds_nothing(self) -> bool:
+        """Whether the guest's memory is not in QEMU's process, which gives a domain of Xen no more than its devices."""
+        return self.family.startswith(("xenfv", "xenpv", "xenpvh")) or self.accelerators[:1] == ("xen",)
+
+    @property
     def translates(self) -> bool:
         """Whether the guest's code is translated (TCG), not run by the processor."""
         return self.accelerators[:1] in ((), ("tcg",))
@@ -178,7 +183,7 @@ def read_line(
         uuid=given.get("uuid", [None])[-1],
         machine=kind,
         machine_options=machine,
-        size=_size(memory, machine, backends, family_of(kind)),
+        size=_size(memory, machine, backends, f"{found.architecture or architecture} {family_of(kind)}"),
         backends=backends,
         path=given.get("mem-path", [""])[-1],
         monitors=tuple(_monitors(given)),
@@ -216,13 +221,14 @@ def _merged(given: Mapping[str, Sequence[str]], option: str, first: str) -> dict
 
 
 def _size(
-    memory: Mapping[str, str], machine: Mapping[str, str], backends: Sequence[Backend], family: str
+    memory: Mapping[str, str], machine: Mapping[str, str], backends: Sequence[Backend], board: str
 ) -> int:
-    size = size_of(memory.get("size"), "m") or size_of(machine.get("memory.size"))
+    text = memory.get("size", "")
+    size = size_of(text, "m" if text[-1:].isdigit() else "b") or size_of(machine.get("memory.size"))
     if size:
         return -(-size // 8192) * 8192  # as QEMU rounds it (hw/core/machine.c)
     told = [backend.size for backend in backends if backend.size]
-    return sum(told) if told else DEFAULT_SIZES.get(family, DEFAULT_SIZE)
+    return sum(told) if told else DEFAULT_SIZES.get(board, DEFAULT_SIZE)
 
 
 def _backends(objects: Sequence[Mapping[str, str]]) -> dict[str, Backend]:

@@ -88,6 +88,8 @@ class QemuConnector(Connector):
             raise UnsupportedError(
                 f"the memory of {guest} is encrypted ({guest.line.encryption}): its host cannot read it"
             )
+        if guest.line.holds_nothing:
+            raise UnsupportedError(f"{guest} is a domain of Xen: its memory is Xen's, and not in QEMU")
         live = parent.info.live
         presence = Presence(guest.process, f"the QEMU of {guest}", on_host=guest.on_host, live=live)
         with contextlib.ExitStack() as failed:
