@@ -9,8 +9,8 @@
       00000000000c3000-00000000000e7fff (prio 0, rom): pc.ram @00000000000c3000 KVM
 
 `rom` of a block that is RAM elsewhere is RAM that the guest cannot write at the moment (shadows of a PC's BIOS);
-`nv-ram` is RAM of an nvdimm; `ramd` is the memory of a device that was passed through; `@` is left out where the offset is 0; the address behind
-the dash belongs to the line (softmmu/memory.c, mtree_print_flatview).
+`nv-ram` is RAM of an nvdimm; `ramd` is the memory of a device that was passed through; `@` is left out where the
+offset is 0; the address behind the dash belongs to the line (softmmu/memory.c, mtree_print_flatview).
 """
 
 from __future__ import annotations
