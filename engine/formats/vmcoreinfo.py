@@ -152,9 +152,18 @@ def find_vmcoreinfo(memory: Memory, start: int = 0, stop: int | None = None) -> 
 
     Those found both as a page and as a note come first, then those found oftener, then the longer.
     """
+    return _read(memory, _hits(memory, _batches(memory, start, stop)))
+
+
+def vmcoreinfo_at(memory: Memory, addresses: npt.NDArray[np.uint64]) -> list[Vmcoreinfo]:
+    """Every text that begins at one of the addresses, each once, in the order of `find_vmcoreinfo`."""
+    return _read(memory, _hits(memory, iter([addresses])))
+
+
+def _read(memory: Memory, hits: Iterator[int]) -> list[Vmcoreinfo]:
     pages: dict[bytes, list[int]] = {}
     notes: dict[bytes, list[int]] = {}
-    for count, address in enumerate(_hits(memory, start, stop)):
+    for count, address in enumerate(hits):
         if count == HIT_LIMIT:
             break
         head = memory.read_padded(address, min(PAGE, memory.size - address))
@@ -186,9 +195,9 @@ def _whole(memory: Memory, address: int, head: bytes) -> bytes:
     return memory.read_padded(address, min(TEXT_LIMIT, memory.size - address))
 
 
-def _hits(memory: Memory, start: int, stop: int | None) -> Iterator[int]:
-    """The pages whose first eight bytes begin one of the forms."""
-    for addresses in _batches(memory, start, stop):
+def _hits(memory: Memory, batches: Iterator[npt.NDArray[np.uint64]]) -> Iterator[int]:
+    """The addresses whose first eight bytes begin one of the forms."""
+    for addresses in batches:
         for row in np.flatnonzero(_begins(memory, addresses)).tolist():
             yield int(addresses[row])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
@@ -42,6 +42,7 @@ from engine.oslayers.linux.concatenated import ram_by_content
 from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found, described
+from engine.oslayers.linux.guided import guided_texts
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.listing import NUMBERS, Listed, PidNumbers, find_process, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
@@ -388,10 +389,15 @@ def _understood(
     given = _given(options.get("symbols"))
     dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
     cache = truth("cache", options.get("cache", "yes"))
-    texts = list(_texts(base, memory)) if base.live else _texts(base, memory)
+    texts: Iterable[Vmcoreinfo] = _texts(base, memory, registers)
+    if base.live and not registers:
+        texts = list(texts)
     if told and next(described(memory, texts, keep=False), None) is None:
         raise NotRecognisedError("no kernel is in its memory yet")
-    found = find_kernel(memory, texts, keep=not base.live, dtb=dtb, slide=slide, registers=registers)
+    found = find_kernel(
+        memory, texts, keep=not base.live, dtb=dtb, slide=slide, registers=registers,
+        architecture=base.hints.architecture,
+    )  # fmt: skip
     if isinstance(found, Recognised):
         return found
     if base.live and not registers and dtb is None and slide is None:
@@ -407,9 +413,10 @@ def _understood(
     return Kernel(profile.found, profile, base)
 
 
-def _texts(base: Base, memory: Memory) -> Iterator[Vmcoreinfo]:
-    """The texts that may describe the kernel; memory is only searched where what a dump carries proves nothing."""
+def _texts(base: Base, memory: Memory, registers: Sequence[Mapping[str, int]]) -> Iterator[Vmcoreinfo]:
+    """The texts that may describe the kernel; all of memory is only searched where what is at hand proves nothing."""
     yield from _hinted(base)
+    yield from guided_texts(memory, base.hints.architecture, registers)
     yield from find_vmcoreinfo(memory)
 
 

@@ -15,10 +15,9 @@ from engine.oslayers.linux.architectures import LINKED_AT, family
 from engine.oslayers.linux.claims import leads
 from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
+from engine.oslayers.linux.guided import guided_kernels, kernel_spaces
 from engine.oslayers.linux.unaided import unaided
 from engine.records import dataclass
-from engine.translate.modes import roots_of
-from engine.translate.virtual import VirtualMemory
 
 ALIGNMENT = 2 << 20
 """KASLR moves kernels by multiples of this, or of less on 32-bit x86 (CONFIG_PHYSICAL_ALIGN)."""
@@ -58,6 +57,7 @@ def find_kernel(
     dtb: int | None = None,
     slide: int | None = None,
     registers: Sequence[Mapping[str, int]] = (),
+    architecture: str | None = None,
 ) -> Found | Recognised:
     """The kernel that proves itself, and fits what was given: a top page table, how far KASLR has moved it.
 
@@ -68,7 +68,9 @@ def find_kernel(
     """
     texts = _Remembered(texts)
     others = []
-    for kernels in _kernels(memory, texts, keep, dtb):
+    guided = guided_kernels(memory, architecture, registers, keep=keep) if dtb is None else iter(())
+    near = (found for found in guided if runs(found, registers))
+    for kernels in _kernels(memory, texts, keep, dtb, near):
         first = None
         for found in kernels:
             if slide is not None and slide not in slides(found):
@@ -83,7 +85,7 @@ def find_kernel(
     if others:
         raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(dict.fromkeys(others))}")
     if dtb is not None:
-        without = next(chain.from_iterable(_kernels(memory, texts, keep, None)), None)
+        without = next(chain.from_iterable(_kernels(memory, texts, keep, None, iter(()))), None)
         if without is not None:
             right = f"its own is {without.candidate.dtb:#x} ({without.candidate.spec.name})"
             raise InvalidArgumentError(f"dtb={dtb:#x} is no page table of the Linux {without.release} here: {right}")
@@ -94,10 +96,11 @@ def find_kernel(
 
 
 def _kernels(
-    memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None
+    memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None, near: Iterator[Found]
 ) -> Iterator[Iterator[Found]]:
-    """The kernels that prove themselves, by each way to find them, the cheapest first."""
+    """The kernels that prove themselves, by each way to find them, the cheapest first; `near`: by registers."""
     yield described(memory, texts, keep=keep, dtb=dtb)
+    yield near
     yield concatenated(memory, keep=keep, dtb=dtb)
     yield unaided(memory, keep=keep, dtb=dtb)
 
@@ -105,12 +108,11 @@ def _kernels(
 def runs(found: Found, registers: Sequence[Mapping[str, int]]) -> bool:
     """Whether a processor is in an address space in which this kernel's image lies where it lies."""
     start = found.image.start
-    for one in registers:
+    for space in kernel_spaces(found.physical, found.machine, registers):
         try:
-            space = VirtualMemory(found.physical, roots_of(found.machine, one))
             if space.virt_to_phys(start) == found.memory.virt_to_phys(start):
                 return True
-        except (InvalidArgumentError, FaultError):
+        except FaultError:
             continue
     return False
 
