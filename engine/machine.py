@@ -416,7 +416,8 @@ class Machine:
             return Base(target=spec.target, writable=self.writable, live=True)
         hints = parent.connector.hints()
         lease = parent.lease
-        return Base(parent.memory, hints, spec.target, parent.writable, parent.live or lease is not None, lease)
+        ask = parent.connector.hints if parent.live else None
+        return Base(parent.memory, hints, spec.target, parent.writable, parent.live or lease is not None, lease, ask)
 
     def _recognise(self, opening: Opening) -> Instance:
         parent, spec = opening.parent, opening.spec

@@ -17,7 +17,7 @@ lists of processes are kept for a second by `Instance`, not here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import field
 from typing import ClassVar, Self, TypeVar
 
@@ -59,6 +59,8 @@ class Base:
     """Whether it may change while the layer is open; said too of what only a lease keeps from changing."""
     lease: Lease | None = None
     """Nothing changes for as long as it is held."""
+    ask_hints: Callable[[], TargetHints] | None = None
+    """What is known of the machine now, where that changes and can be asked for again."""
 
     @property
     def may_cache(self) -> bool:

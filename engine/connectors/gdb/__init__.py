@@ -1,33 +1,39 @@
-"""Connector `gdb`: physical memory through a debug stub that speaks GDB's remote serial protocol.
+"""Connector `gdb`: memory through a debug stub that speaks GDB's remote serial protocol.
 
     gdb:1234                            the stub at this port of this machine
     gdb:build-box:3333:size=64K,base=0x20000000
     gdb:/run/vm/gdb.sock:stop=hold      a Unix socket; stopped until it is closed
 
 QEMU's stub (`-gdb tcp::1234`) gives physical memory and, by its monitor, the memory map: no option is needed. Of other
-stubs (OpenOCD and its like) the map is what they tell (qXfer:memory-map) or what the options say, and
-addresses are what the processor sees (`physical=no`).
+stubs of machines (OpenOCD and its like) the map is what they tell (qXfer:memory-map) or what the options say, and
+addresses are what the processor sees. kgdb gives a kernel's virtual addresses: `direct=` says where that kernel maps
+all physical memory. A stub of one process (gdbserver, qemu-x86_64 -g, valgrind) is read with `physical=no`: its
+addresses are that process's, and there is no operating system to be seen in it.
 
 A stub answers only while its target stands still. With `stop=brief` it is stopped when something is read, and
 runs on 20 ms after the last question; with `stop=hold` it stands still until the connector is closed. How it was found
-it is left, also where the connection is lost and found again. Code that is patched through the stub is
-translated anew by QEMU, which writing to a guest's memory from outside does not do.
+it is left, also where the connection is lost and found again, or this program is killed. kgdb answers only a kernel
+that stands still already, and it is left so. Code that is patched through the stub is translated anew by QEMU, which
+writing to a guest's memory from outside does not do.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 from engine.connector import Connector
 from engine.connectors.gdb.documents import parsed
 from engine.connectors.gdb.memory import StubMemory
+from engine.connectors.gdb.process_map import told_maps, told_process
 from engine.connectors.gdb.registers import Description, describe, read_registers
 from engine.connectors.gdb.session import Session
+from engine.connectors.gdb.stub import Kind
 from engine.connectors.gdb.wire import Wire, endpoint
 from engine.errors import EngineError, InvalidArgumentError, UnusableTargetError
 from engine.formats.qemu_monitor import memory_backends, ram_views
 from engine.memory import Memory
-from engine.memory_map import MapRange, MemoryMap, read_map_file
+from engine.memory_map import MappedMemory, MapRange, MemoryMap, read_map_file
 from engine.middleware import truth
 from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
@@ -44,6 +50,12 @@ _ARCHITECTURES = {
     "riscv:rv64": "riscv64",
     "riscv:rv32": "riscv32",
 }
+_ADDRESSES = {
+    Kind.QEMU: "addresses are what the processor sees: physical ones are left out, as physical=no says",
+    Kind.PROCESS: "addresses are those of the process that the stub debugs; no operating system is to be seen in it",
+    Kind.KERNEL: "addresses are what the processor sees: kgdb has no physical ones",
+    Kind.TARGET: "addresses are what the processor sees: this stub has no physical ones",
+}
 _TOP_TABLE = 0x000F_FFFF_FFFF_F000
 """Bits of CR3 that are the address of the top table (Intel SDM vol. 3, 4.5)."""
 
@@ -52,18 +64,19 @@ class GdbConnector(Connector):
     """Memory behind a debug stub."""
 
     kind = "gdb"
-    summary = "physical memory through a debug stub (QEMU's -gdb, OpenOCD)"
+    summary = "memory through a debug stub (QEMU's -gdb, kgdb, OpenOCD, gdbserver)"
     options_help = {
         "stop": "brief: stopped while one reads; hold: until it is closed (brief)",
         "physical": "no: addresses as the processor sees them (yes where the stub has both)",
         "map": "a TOML file of ranges: base, length",
         "base": "first address, where the stub tells no map (0)",
         "size": "bytes of memory, where the stub tells no map",
+        "direct": "where a kernel maps all physical memory, for stubs without physical addresses (kgdb)",
         "timeout": "seconds for an answer (5)",
     }
 
     def __init__(
-        self, target: str, session: Session, memory: StubMemory, description: Description, notes: tuple[str, ...]
+        self, target: str, session: Session, memory: Memory, description: Description, notes: tuple[str, ...]
     ) -> None:
         self._target = target
         self._session = session
@@ -80,18 +93,24 @@ class GdbConnector(Connector):
         stop = options.get("stop", "brief")
         if stop not in ("brief", "hold"):
             raise InvalidArgumentError(f"stop={stop}: want brief or hold")
-        given = _given_map(options)
+        given, direct = _given_map(options), _direct(options)
         physical = truth("physical", options["physical"]) if "physical" in options else None
+        if direct is not None:
+            if physical:
+                raise InvalidArgumentError("gdb: direct= is for stubs without physical addresses: leave physical= out")
+            physical = False
         session = Session(where, _seconds(options.get("timeout")), hold=stop == "hold", physical=physical)
         try:
-            memory_map, origin = (given, "the options") if given is not None else session.use(_told_map)
-            if memory_map is None:
-                raise UnusableTargetError(
-                    f"the stub at {session.name} tells no memory map: say size= (and base=) or map="
-                )
-            description = session.use(describe)
-            memory = StubMemory(session, memory_map, writable=writable)
-            return cls(target, session, memory, description, (f"memory map: by {origin}",))
+            memory_map, origin = (given, "the options") if given else _map_of(session, told=physical is False)
+            if direct is None:
+                memory: Memory = StubMemory(session, memory_map, writable=writable)
+            else:
+                beneath = [replace(one, base=one.base + direct) for one in memory_map.ranges]
+                stub = StubMemory(session, MemoryMap(beneath), writable=writable)
+                moved = [replace(one, real_base=one.base + direct) for one in memory_map.ranges]
+                memory = MappedMemory(stub, MemoryMap(moved))
+                origin += f"; physical memory as a kernel maps it from {direct:#x} on"
+            return cls(target, session, memory, session.use(describe), (f"memory map: by {origin}",))
         except BaseException:
             session.close()
             raise
@@ -104,7 +123,8 @@ class GdbConnector(Connector):
     @property
     def memory_map(self) -> MemoryMap:
         """See `Connector.memory_map`."""
-        return self._memory.memory_map
+        memory = self._memory
+        return memory.memory_map if isinstance(memory, (StubMemory, MappedMemory)) else MemoryMap([])
 
     @property
     def info(self) -> ConnectorInfo:
@@ -114,13 +134,13 @@ class GdbConnector(Connector):
         notes = [*self._notes, f"the target is stopped {how} ({session.stops} times so far)"]
         if not session.was_running:
             notes.append("the target stood still when it was found, and is left so")
-        if not session.physical:
-            notes.append("addresses are what the processor sees: this stub has no physical ones")
+        if not session.stub.physical:
+            notes.append(_ADDRESSES[session.stub.kind])
         return ConnectorInfo(
             kind=self.kind,
             target=self._target,
             size=self._memory.size,
-            real_size=self._memory.memory_map.real_size,
+            real_size=self.memory_map.real_size,
             live=True,
             writable=self._memory.writable,
             notes=tuple(notes),
@@ -178,15 +198,50 @@ def _given_map(options: Options) -> MemoryMap | None:
     return MemoryMap([MapRange(base, size, base)])
 
 
-def _told_map(wire: Wire) -> tuple[MemoryMap | None, str]:
-    """The memory map that the stub tells, and how; None where it tells none."""
+def _direct(options: Options) -> int | None:
+    if "direct" not in options:
+        return None
+    if "size" not in options and "map" not in options:
+        raise InvalidArgumentError("gdb: direct= wants size= or map=: how much physical memory is mapped there")
+    return parse_number(options["direct"], "direct=")
+
+
+def _map_of(session: Session, *, told: bool) -> tuple[MemoryMap, str]:
+    """The memory map that the stub tells, and how; `told`: virtual addresses are what was asked for.
+
+    Raises UnusableTargetError where the stub tells none, or what is wanted has to be said first.
+    """
+    kind = session.stub.kind
+    if kind is Kind.PROCESS:
+        process = session.use(told_process)
+        if not told:
+            raise UnusableTargetError(
+                f"the stub at {session.name} debugs {process}, not a machine: with physical=no its memory is read"
+            )
+        found = session.use(lambda wire: told_maps(wire, process))
+        if found is not None:
+            return found, f"what is mapped into {process}"
+    elif kind is Kind.KERNEL:
+        raise UnusableTargetError(
+            f"the stub at {session.name} is kgdb, which gives a kernel's virtual addresses and tells no map: say where "
+            "that kernel maps all physical memory (direct=, size=), or which addresses to read (base=, size=)"
+        )
+    elif session.stub.physical and (views := session.use(_views)) is not None:
+        return views, "QEMU's monitor"
+    elif kind is not Kind.QEMU and (ranges := session.use(_told_ranges)):
+        return MemoryMap(ranges), "the stub's memory map"
+    raise UnusableTargetError(f"the stub at {session.name} tells no memory map: say size= (and base=) or map=")
+
+
+def _views(wire: Wire) -> MemoryMap | None:
     backends = memory_backends(wire.monitor("info memdev") or "")
     views = ram_views(wire.monitor("info mtree -f") or "", backends)
-    if views:
-        return MemoryMap([MapRange(view.address, view.size, view.address) for view in views]), "QEMU's monitor"
+    return MemoryMap([MapRange(view.address, view.size, view.address) for view in views]) if views else None
+
+
+def _told_ranges(wire: Wire) -> list[MapRange]:
     text = wire.document("memory-map", "")
-    ranges = [] if text is None else _ranges_of(text)
-    return (MemoryMap(ranges), "the stub's memory map") if ranges else (None, "")
+    return [] if text is None else _ranges_of(text)
 
 
 def _ranges_of(text: bytes) -> list[MapRange]:

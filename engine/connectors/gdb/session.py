@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from engine.connectors.gdb.wire import INTERRUPT, PACKET_MOST, Endpoint, Wire, framed, is_stop, name_of
+from engine.connectors.gdb.guardian import Guardian
+from engine.connectors.gdb.stub import Kind, greet, leave
+from engine.connectors.gdb.wire import INTERRUPT, Endpoint, Wire, name_of
 from engine.errors import (
     BadDataError,
     ConnectorClosedError,
@@ -35,13 +36,7 @@ GRACE = 0.02
 PAGE = 4096
 KEPT_PAGES = 1 << 14
 """Pages that are kept while the target stands still: 64 MiB."""
-DEFAULT_PACKET = 400
-"""Bytes of a packet where the stub announces no PacketSize."""
-CHUNK_MOST = 1 << 14
 LOST = (TargetTimeoutError, TargetGoneError, BadDataError)
-TELLS_STOPS_BEFORE = (8, 1)
-"""QEMU up to here says by itself that connecting has stopped it (gdbstub: «unsolicited stop replies»)."""
-
 T = TypeVar("T")
 
 
@@ -52,9 +47,6 @@ class Session:
         """Connect, and learn what the stub can. Raises NotFoundError, TargetTimeoutError, UnsupportedError."""
         self.name = name_of(where)
         self.hold = hold
-        self.physical = False
-        """Whether addresses are physical ones."""
-        self.is_qemu = False
         self.was_running = True
         self.stops = 0
         """How often the target was stopped."""
@@ -62,7 +54,12 @@ class Session:
         self._want_physical = physical
         self._held = int(hold)
         self._wire: Wire | None = None
-        self._features: dict[str, str] = {}
+        self._guardian: Guardian | None = None
+        self._one_by_one = False
+        self._cannot_stop = False
+        """Whether it was let go and is out of reach: qemu-x86_64 -g stops a program but once."""
+        self._left_standing = False
+        """Whether it stood still when the connection was lost."""
         self._closed = False
         self._pages: dict[int, bytes] = {}
         self._turn = threading.RLock()
@@ -73,56 +70,37 @@ class Session:
         with self._turn:
             self._connect(first=True)
             self._let_go_later()
+        if physical and not self.stub.physical:
+            self.close()
+            raise UnsupportedError(
+                f"the stub at {self.name} has no physical addresses (only QEMU's has): physical=no reads what the "
+                "processor's own page tables map"
+            )
 
     # -- connecting --------------------------------------------------------------------------------------
 
     def _connect(self, *, first: bool) -> Wire:
         wire = Wire.connect(self._where, self._limit)
         try:
-            self._greet(wire, first=first)
+            stub = greet(wire, physical=self._want_physical)
         except BaseException:
             wire.close()
             raise
+        if first:
+            self.stub, self.was_running = stub, stub.was_running
+        if self._one_by_one:
+            wire.depth = 1
         self._wire, self._stopped = wire, True
+        self._guardian = Guardian.of(wire, stub)
+        self._told()
         self.stops += 1
         return wire
 
-    def _greet(self, wire: Wire, *, first: bool) -> None:
-        reply = wire.ask(b"qSupported:xmlRegisters=i386").decode(errors="replace")
-        self._features = dict(word.partition("=")[::2] for word in reply.split(";") if word)
-        if "QStartNoAckMode+" in self._features and wire.ask(b"QStartNoAckMode") == b"OK":
-            wire.acknowledges = False
-        before = wire.ask(b"qqemu.PhyMemMode")
-        self.is_qemu = before in (b"0", b"1")
-        if first:
-            self.was_running = self._found_running(wire)
-        if self.is_qemu and self._want_physical is not False:
-            self.physical = wire.ask(b"Qqemu.PhyMemMode:1") == b"OK"
-        if self._want_physical and not self.physical:
-            raise UnsupportedError(
-                f"the stub at {self.name} has no physical addresses (only QEMU's has): physical=no reads what the "
-                "processor's own page tables map"
-            )
-
-    def _found_running(self, wire: Wire) -> bool:
-        """Whether the target ran before somebody connected, as far as that can be known."""
-        if wire.stray or not self.is_qemu:
-            return True
-        status, version = wire.monitor("info status") or "", wire.monitor("info version") or ""
-        if re.search(r"paused \(|: running|prelaunch|shutdown|inmigrate|postmigrate", status):
-            return ": running" in status
-        told = re.match(r"\s*([0-9]+)\.([0-9]+)", version)
-        return told is None or (int(told[1]), int(told[2])) >= TELLS_STOPS_BEFORE
-
-    @property
-    def chunk(self) -> int:
-        """Bytes of one read or write: half a packet, for they travel in hexadecimal."""
-        try:
-            size = int(self._features.get("PacketSize", ""), 16)
-        except ValueError:
-            size = DEFAULT_PACKET
-        half = max(16, min(size, 2 * CHUNK_MOST, PACKET_MOST) // 2)
-        return 1 << half.bit_length() - 1
+    def _told(self) -> None:
+        """Tell the guardian how it is."""
+        if self._guardian is not None:
+            tell = self._guardian.stands if self._stopped and self.was_running else self._guardian.runs
+            tell()
 
     # -- standing still ----------------------------------------------------------------------------------
 
@@ -134,9 +112,12 @@ class Session:
         with self._turn:
             try:
                 return self._try(action)
-            except LOST:
+            except LOST as error:
+                silent = isinstance(error, TargetTimeoutError) and not self._stopped
+                # A line without flow control loses what comes while its stub is busy with an answer.
+                self._one_by_one |= self._stopped and isinstance(error, (TargetTimeoutError, BadDataError))
                 self._drop()
-                if not again:
+                if silent or not again:
                     raise
             log.info("lost the stub at %s: connecting again", self.name)
             try:
@@ -148,6 +129,8 @@ class Session:
     def _try(self, action: Callable[[Wire], T]) -> T:
         if self._closed:
             raise ConnectorClosedError(f"the connection to {self.name} was closed")
+        if self._cannot_stop:
+            raise TargetTimeoutError(self._still_running)
         wire = self._wire or self._connect(first=False)
         wire.check()  # what is kept needs no question
         if not self._stopped:
@@ -159,18 +142,30 @@ class Session:
 
     def _stop(self, wire: Wire) -> None:
         wire.send(INTERRUPT)
-        while True:
-            found = wire.packet()
-            if found[:1] in (b"W", b"X"):
-                raise TargetGoneError(f"the target of the stub at {self.name} has ended")
-            if is_stop(found):
-                break
+        try:
+            wire.stopped()
+        except TargetTimeoutError:
+            if self.stub.kind is not Kind.QEMU:
+                self._cannot_stop = True
+            raise TargetTimeoutError(self._still_running) from None
         self._stopped = True
         self.stops += 1
+        self._told()
+
+    @property
+    def _still_running(self) -> str:
+        return (
+            f"the stub at {self.name} did not stop its target again within {self._limit:g} s: some can do so but once, "
+            "and want stop=hold"
+        )
 
     def _drop(self) -> None:
+        if self._guardian is not None:
+            self._guardian.close()
         if self._wire is not None:
             self._wire.close()
+            self._left_standing = self._stopped
+        self._guardian = None
         self._wire, self._stopped = None, False
         self._pages.clear()
 
@@ -206,10 +201,11 @@ class Session:
             self._pages.clear()
             self._stopped = False
             try:
-                self._wire.send(framed(b"c"))
+                self._wire.tell(b"c")
             except EngineError:
                 self._drop()
                 raise
+            self._told()
 
     def pause(self) -> None:
         """Keep it stopped until `resume`."""
@@ -245,16 +241,13 @@ class Session:
 
     def _leave(self) -> None:
         wire = self._wire
-        if wire is None and self.was_running and self.stops:
-            wire = self._connect(first=False)  # a connection that was lost has left it standing still
+        if wire is None and self.was_running and self._left_standing:
+            wire = self._connect(first=False)
         if wire is None:
             return
         if not self._stopped:
             self._stop(wire)
-        if self.physical:
-            wire.ask(b"Qqemu.PhyMemMode:0")
-        if self.was_running:
-            wire.ask(b"D")
+        leave(wire, self.stub, runs_on=self.was_running)
 
     # -- what is asked -----------------------------------------------------------------------------------
 
@@ -280,7 +273,7 @@ class Session:
         return self.use(lambda wire: self._read(wire, requests))
 
     def _read(self, wire: Wire, requests: Sequence[tuple[int, int]]) -> list[bytes]:
-        chunk = self.chunk
+        chunk = self.stub.chunk
         parts = [
             (row, address + offset, min(chunk, size - offset))
             for row, (address, size) in enumerate(requests)
@@ -336,7 +329,7 @@ class Session:
         """Store `data`; gives how many bytes were stored, from its start on."""
 
         def store(wire: Wire) -> int:
-            done, chunk = 0, max(16, self.chunk - 32)
+            done, chunk = 0, max(16, self.stub.chunk - 32)
             while done < len(data):
                 part = data[done : done + chunk]
                 for page in range((address + done) // PAGE, (address + done + len(part) - 1) // PAGE + 1):

@@ -30,8 +30,12 @@ PACKET_MOST = 1 << 20
 STRAY_MOST = 1000
 """Stop replies and console texts before an answer, at the most."""
 INTERRUPT = b"\x03"
+UNKNOWN = b"vMustReplyEmpty"
+"""What no stub knows, and all answer with an empty packet."""
 _ESCAPED = re.compile(rb"[#$}*]")
 _STOPPED = re.compile(rb"[ST][0-9a-fA-F]{2}")
+_ENDED = re.compile(rb"[WX][0-9a-fA-F]{2}(?:;.*)?", re.DOTALL)
+_PRINTED = re.compile(rb"O(?:[0-9a-fA-F]{2})*")
 _RUN = re.compile(rb"(.)\*(.)", re.DOTALL)
 _ESCAPE = re.compile(rb"}(.)", re.DOTALL)
 
@@ -90,6 +94,10 @@ class Wire:
     def __init__(self, connection: socket.socket, name: str, limit: float) -> None:
         self.name = name
         self.limit = limit
+        self.depth = DEPTH
+        """How many commands are under way together; 1 for a line that loses what it is not waiting for."""
+        self.checks_order = True
+        """Whether answers are checked to be in order: on a line that delays or repeats them they may not be."""
         self.acknowledges = True
         """Whether each packet is acknowledged: until the stub has agreed to QStartNoAckMode."""
         self.stray: list[bytes] = []
@@ -120,8 +128,14 @@ class Wire:
         return cls(connection, name, limit)
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, whoever else holds the connection."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        return self._socket.fileno()
 
     # -- bytes -------------------------------------------------------------------------------------------
 
@@ -164,9 +178,9 @@ class Wire:
             raise TargetGoneError(f"the stub at {self.name} hung up")
         self._received += data
 
-    def packet(self, *, acknowledge: bool = True) -> bytes:
-        """The next packet."""
-        deadline = time.monotonic() + self.limit
+    def packet(self, *, acknowledge: bool = True, deadline: float | None = None) -> bytes:
+        """The next packet; it must come within the limit, or before the deadline."""
+        deadline = time.monotonic() + self.limit if deadline is None else deadline
         while True:
             found = self._take()
             if found is not None:
@@ -210,29 +224,68 @@ class Wire:
 
     # -- conversations -----------------------------------------------------------------------------------
 
+    def tell(self, command: bytes) -> None:
+        """A command that nothing answers at once."""
+        self.send(framed(command))
+
     def ask(self, command: bytes) -> bytes:
         """The answer to one command; empty where the stub does not know it."""
-        self.send(framed(command))
+        self.tell(command)
         return self.answer()
 
-    def answer(self, *, acknowledge: bool = True) -> bytes:
-        """The next packet that is no stop reply; these go to `stray`."""
+    def status(self) -> bytes:
+        """The stop reply to `?`, which says how the target stands; or what else the stub answers.
+
+        Raises TargetGoneError where it has ended.
+        """
+        self.tell(b"?")
+        found = self._checked_end(self.packet())
+        while _PRINTED.fullmatch(found):
+            found = self._checked_end(self.packet())
+        return found
+
+    def answer(self, *, acknowledge: bool = True, console: bool = False) -> bytes:
+        """The next packet that is no stop reply; these go to `stray`. What a target prints counts with `console`.
+
+        Raises TargetGoneError where the target has ended.
+        """
         for _ in range(STRAY_MOST):
-            found = self.packet(acknowledge=acknowledge)
-            if not is_stop(found):
+            found = self._checked_end(self.packet(acknowledge=acknowledge))
+            if is_stop(found):
+                self.stray.append(found)
+            elif console or not _PRINTED.fullmatch(found):
                 return found
-            self.stray.append(found)
         raise self._nonsense("stop replies without an end")
 
+    def _checked_end(self, packet: bytes) -> bytes:
+        if _ENDED.fullmatch(packet):
+            raise TargetGoneError(f"the target of the stub at {self.name} has ended")
+        return packet
+
+    def stopped(self) -> bytes:
+        """The next stop reply; what else was under way is passed over. Raises TargetGoneError where it has ended."""
+        deadline = time.monotonic() + self.limit
+        for _ in range(STRAY_MOST):
+            found = self._checked_end(self.packet(deadline=deadline))
+            if is_stop(found):
+                return found
+        raise self._nonsense("answers to no question without an end")
+
     def ask_all(self, commands: Sequence[bytes]) -> list[bytes]:
-        """The answers to many commands, in their order."""
+        """The answers to many commands, in their order. Raises BadDataError where they cannot be in it."""
         answers: list[bytes] = []
-        for begin in range(0, len(commands), DEPTH):
-            group = commands[begin : begin + DEPTH]
-            # Acknowledged before they are there: a system call for each would cost more than the answers.
-            between = b"+" if self.acknowledges else b""
-            self.send(between.join([*map(framed, group), b""]))
-            answers += [self.answer(acknowledge=False) for _ in group]
+        depth = self.depth - self.checks_order
+        for begin in range(0, len(commands), max(1, depth)):
+            group = [*commands[begin : begin + max(1, depth)], *([UNKNOWN] if self.checks_order else [])]
+            if depth < 1:
+                answers += [self.ask(command) for command in group]
+            else:
+                # Acknowledged before they are there: a system call for each would cost more than the answers.
+                between = b"+" if self.acknowledges else b""
+                self.send(between.join([*map(framed, group), b""]))
+                answers += [self.answer(acknowledge=False) for _ in group]
+            if self.checks_order and answers.pop():
+                raise self._nonsense("an answer to what it cannot know: its answers are not in order")
         return answers
 
     def document(self, kind: str, annex: str, most: int = PACKET_MOST) -> bytes | None:
@@ -252,10 +305,10 @@ class Wire:
 
     def monitor(self, command: str, most: int = PACKET_MOST) -> str | None:
         """What the stub's own monitor prints to a command (qRcmd); None where it has none."""
-        self.send(framed(b"qRcmd," + command.encode().hex().encode()))
+        self.tell(b"qRcmd," + command.encode().hex().encode())
         printed = bytearray()
         while len(printed) <= most:
-            reply = self.answer()
+            reply = self.answer(console=True)
             if reply[:1] != b"O" or reply == b"OK":
                 return printed.decode(errors="replace").replace("\r\n", "\n") if reply == b"OK" else None
             try:

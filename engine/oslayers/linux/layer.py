@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
@@ -52,7 +52,7 @@ from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layout_note, layouts
 from engine.oslayers.linux.resources import system_ram
 from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, latest
-from engine.oslayers.linux.searching import Recognised, find_kernel
+from engine.oslayers.linux.searching import Recognised, Remembered, find_kernel, runs
 from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
 from engine.oslayers.linux.symbols import LinuxSymbols
@@ -145,7 +145,9 @@ class LinuxLayer(OsLayer):
         self._missing_since = self._missing_since or time.monotonic()
         patient = time.monotonic() - self._missing_since < START_PATIENCE
         try:
-            kernel = _understood(self._base, memory, options, told=patient and not old.found.unaided)
+            registers = self._base.ask_hints().registers if self._base.ask_hints is not None else ()
+            told = patient and not old.found.unaided
+            kernel = _understood(self._base, memory, options, told=told, registers=registers)
             if isinstance(kernel, Recognised):
                 raise NotRecognisedError(f"Linux {kernel.release} for {kernel.machine} is recognised, and no more")
             if not gone and identity_of(kernel) == identity_of(old):
@@ -389,9 +391,7 @@ def _understood(
     given = _given(options.get("symbols"))
     dtb, slide = (parse_number(options[key], f"{key}=") if key in options else None for key in ("dtb", "kaslr"))
     cache = truth("cache", options.get("cache", "yes"))
-    texts: Iterable[Vmcoreinfo] = _texts(base, memory, registers)
-    if base.live and not registers:
-        texts = list(texts)
+    texts = Remembered(_texts(base, memory, registers))
     if told and next(described(memory, texts, keep=False), None) is None:
         raise NotRecognisedError("no kernel is in its memory yet")
     found = find_kernel(
@@ -400,7 +400,7 @@ def _understood(
     )  # fmt: skip
     if isinstance(found, Recognised):
         return found
-    if base.live and not registers and dtb is None and slide is None:
+    if base.live and dtb is None and slide is None and not runs(found, registers):
         proved = described(memory, texts, keep=False)
         found = latest(found, proved, lambda one: Kernel(one, read_profile(one, cache=cache), base))
     profile = read_profile(found, cache=cache, given=given)

@@ -35,7 +35,7 @@ class Recognised:
     vmcoreinfo: Vmcoreinfo | None = None
 
 
-class _Remembered(Iterable[Vmcoreinfo]):
+class Remembered(Iterable[Vmcoreinfo]):
     """Texts that can be gone through again, each looked for once, and no sooner than it is asked for."""
 
     def __init__(self, source: Iterable[Vmcoreinfo]) -> None:
@@ -66,7 +66,7 @@ def find_kernel(
     Raises InvalidArgumentError where kernels are there, but none that fits; NotRecognisedError, saying what was found
     and why that was not enough, where there is none.
     """
-    texts = _Remembered(texts)
+    texts = Remembered(texts)
     others = []
     guided = guided_kernels(memory, architecture, registers, keep=keep) if dtb is None else iter(())
     near = (found for found in guided if runs(found, registers))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bare_qemu import PLACE, RAM, BareMachine, bare_machine
+from scripted_stub import MEMORY, Scripted, plain, scripted
 
 from engine.connectors.gdb import GdbConnector
 from engine.connectors.gdb.documents import parsed
@@ -170,70 +169,9 @@ def test_a_second_debugger_gets_a_sentence_in_time(machine: BareMachine) -> None
 # -- a scripted stub -------------------------------------------------------------------------------------------
 
 
-class Script:
-    """A stub that answers with what `answer(command)` gives; None is silence, bytes that begin with $ stand as such."""
-
-    def __init__(self, path: Path, answer: Callable[[str], bytes | None]) -> None:
-        self.path = str(path)
-        self.asked: list[str] = []
-        self.answer = answer
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(self.path)
-        self._server.listen(8)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._server.accept()
-                with connection, contextlib.suppress(OSError):
-                    self._talk(connection)
-
-    def _talk(self, connection: socket.socket) -> None:
-        received = b""
-        while data := connection.recv(1 << 16):
-            received += data
-            while found := re.search(rb"\$(.*?)#..|\x03", received, re.DOTALL):
-                received = received[found.end() :]
-                command = "interrupt" if found[1] is None else unpacked(found[1]).decode("latin-1")
-                self.asked.append(command)
-                reply = b"T02" if command == "interrupt" else self.answer(command)
-                if reply == b"hang up":
-                    return
-                if reply is not None and command != "c":
-                    connection.sendall(reply if reply.startswith(b"$") else b"+" + framed(reply))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        self._thread.join(10)
-
-
-MEMORY = bytes(range(256)) * 64
-
-
-def plain(command: str, readable: int = len(MEMORY)) -> bytes:
-    """A stub that reads memory and detaches, and knows nothing else."""
-    if found := re.fullmatch("m([0-9a-f]+),([0-9a-f]+)", command):
-        start, size = (int(word, 16) for word in found.groups())
-        return MEMORY[start : start + size].hex().encode() if start + size <= readable else b"E01"
-    return b"OK" if command == "D" else b""
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Iterator[Callable[[Callable[[str], bytes | None]], Script]]:
-    with contextlib.ExitStack() as stack:
-        number = 0
-
-        def make(answer: Callable[[str], bytes | None]) -> Script:
-            nonlocal number
-            number += 1
-            made = Script(tmp_path / f"stub{number}", answer)
-            stack.callback(made.close)
-            return made
-
+@pytest.fixture(name="script")
+def _script(tmp_path: Path) -> Iterator[Scripted]:
+    with scripted(tmp_path) as make:
         yield make
 
 
