@@ -67,6 +67,7 @@ class Session:
         self._deadline: float | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self._checked = 0.0
         with self._turn:
             self._connect(first=True)
             self._let_go_later()
@@ -133,6 +134,7 @@ class Session:
             raise TargetTimeoutError(self._still_running)
         wire = self._wire or self._connect(first=False)
         wire.check()  # what is kept needs no question
+        self._checked = time.monotonic()
         if not self._stopped:
             self._stop(wire)
         try:
@@ -171,6 +173,9 @@ class Session:
 
     def _let_go_later(self) -> None:
         if self._held or not self.was_running:
+            return
+        if self._deadline is not None:  # the thread is awake, and sees this before it lets go: it wants our turn
+            self._deadline = time.monotonic() + GRACE
             return
         with self._due:
             self._deadline = time.monotonic() + GRACE
@@ -251,8 +256,26 @@ class Session:
 
     # -- what is asked -----------------------------------------------------------------------------------
 
+    def kept(self, numbers: Sequence[int]) -> dict[int, bytes] | None:
+        """Pages that were read while the target stands still as it does; None where one of them was not.
+
+        Whether the stub is still there is not asked more than once in `GRACE`.
+        """
+        with self._turn:
+            if not self._stopped or self._closed or time.monotonic() - self._checked > GRACE:
+                return None
+            pages = self._pages
+            found = {number: pages[number] for number in numbers if number in pages}
+            if len(found) < len(numbers):
+                return None
+            self._let_go_later()
+            return found
+
     def read_pages(self, numbers: Sequence[int]) -> dict[int, bytes]:
         """Whole pages by number, as far as they can be read: a page that cannot is shorter, or empty."""
+        kept = self.kept(numbers)
+        if kept is not None:
+            return kept
 
         def fetch(wire: Wire) -> dict[int, bytes]:
             pages = self._pages
@@ -350,7 +373,7 @@ class Session:
         finally:
             with self._turn:
                 self._held = max(int(self.hold), self._held - 1)
-            self._let_go_later()
+                self._let_go_later()
 
 
 def _nothing(wire: Wire) -> None:
