@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
 
 from engine.connectors.gdb.wire import Wire
 from engine.errors import EngineError, InvalidArgumentError
 from engine.memory_map import MapRange, MemoryMap
+from engine.records import dataclass
 from engine.types import ADDRESS_SPACE
 
 MAPS_MOST = 16 << 20

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from engine.connectors.gdb.wire import PACKET_MOST, Wire
 from engine.errors import TargetGoneError
+from engine.records import dataclass
 
 DEFAULT_PACKET = 400
 """Bytes of a packet where the stub announces no PacketSize."""

@@ -14,7 +14,7 @@ entry/calling.h (PTI_USER_PGTABLE_BIT), arch/arm64/kernel/vmlinux.lds.S (tramp_p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -27,6 +27,7 @@ from engine.memory import Addresses, Faults, Memory, Rows
 from engine.oslayers.linux.architectures import SPLITS, TOP, Candidate, image_region
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found
 from engine.oslayers.linux.unaided import unaided
+from engine.records import dataclass
 from engine.translate.mmu import Root
 from engine.translate.modes import roots_of
 from engine.translate.virtual import VirtualMemory
