@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import signal
 import subprocess
@@ -342,3 +343,34 @@ mapping[50_000]
         assert done.stdout == "alive\n"
         assert done.returncode == -signal.SIGBUS
         assert ("Fatal Python error: Bus error" in done.stderr) == (handler == "handler")
+
+
+def sealed(data: bytes, seals: int) -> FileMemory:
+    """A guest's RAM as QEMU keeps it in a memfd."""
+    number = os.memfd_create("ram", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    try:
+        os.truncate(number, len(data))
+        os.pwrite(number, data, 0)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, seals)
+        return FileMemory(f"/proc/self/fd/{number}", fills_holes=True)
+    finally:
+        os.close(number)
+
+
+def test_few_bytes_of_a_guest_s_ram_that_nobody_can_cut_take_no_system_call(monkeypatch):
+    memory = sealed(DATA, fcntl.F_SEAL_SHRINK)
+    other = sealed(DATA, fcntl.F_SEAL_GROW)
+    check_memory(lambda: sealed(DATA, fcntl.F_SEAL_SHRINK), Truth(known=[(0, DATA), (299_000, DATA[299_000:])]))
+    calls: list[str] = []
+
+    def noted(name, call):
+        return lambda *words: (calls.append(name), call(*words))[1]
+
+    for name, call in (("pread", os.pread), ("preadv", os.preadv)):
+        monkeypatch.setattr(os, name, noted(name, call))
+    for at in (0, 4093, 150_000):
+        assert memory.u64(at) == int.from_bytes(DATA[at : at + 8], "little")
+        assert memory.read(at, 100) == memory.read_nowait(at, 100) == DATA[at : at + 100]
+    assert calls == []
+    assert other.u64(8) == int.from_bytes(DATA[8:16], "little")
+    assert calls == ["pread"]

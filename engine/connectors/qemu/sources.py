@@ -34,6 +34,7 @@ class RamMemory(Memory):
         self.memory = memory
         self.presence = presence
         self._look = presence.check if look is None else look
+        self._looks_each_time = self._look == presence.check
         self.page_size = memory.page_size
         self.writable = memory.writable
 
@@ -153,7 +154,8 @@ class RamMemory(Memory):
 
     def cached(self) -> Memory:
         """See `Memory.cached`."""
-        return type(self)(self.memory.cached(), self.presence, self.presence.glance())
+        seldom = self.presence.glance() if self._looks_each_time else self._look
+        return type(self)(self.memory.cached(), self.presence, seldom)
 
 
 class UntouchedRam(Memory):
