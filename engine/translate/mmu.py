@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
+from typing import ClassVar
 
 from engine.errors import FaultError, FaultKind, InvalidArgumentError
 from engine.memory import Memory, fault
@@ -31,6 +32,8 @@ RightRow = tuple[Rights, int, int]
 FlagRow = tuple[PageFlags, int, int]
 
 ALL_RIGHTS = Rights.READ | Rights.WRITE | Rights.EXECUTE | Rights.USER | Rights.USER_EXECUTE
+PREPARED_MOST = 64
+"""Modes of which it is kept what walks need of them."""
 LAST_TABLES = 1024
 """Last tables that a walker remembers; then it begins anew."""
 
@@ -284,6 +287,35 @@ def _moved(level: Level) -> tuple[int, int, tuple[_Moved, ...]]:
     return level.shift, (1 << level.bits) - 1, rows
 
 
+class _Prepared:
+    """What a walk needs of a mode, made of its rows once: views for one operation make walkers by the thousand."""
+
+    __slots__ = ("extents", "last", "moved", "ranges", "shift", "spec", "upper")
+    _made: ClassVar[dict[int, _Prepared]] = {}
+    """By the mode's id, which is nobody else's for as long as it stands here."""
+
+    def __init__(self, spec: MmuSpec) -> None:
+        self.spec = spec
+        self.extents = spec.extents()
+        first, last = self.extents[0], self.extents[-1]
+        self.ranges = (0 if first.start else first.stop, last.start or last.stop, last.stop)
+        *upper, self.last = (_step(level, spec.entry_size) for level in spec.levels)
+        self.upper = tuple(upper)
+        plain = all(_plain(kind) for level in spec.levels for kind in level.kinds if kind.fault is None)
+        self.moved = () if plain else tuple(map(_moved, spec.levels))
+        self.shift = spec.levels[-1].shift + spec.levels[-1].bits
+
+    @classmethod
+    def of(cls, spec: MmuSpec) -> _Prepared:
+        """What was made for that mode."""
+        found = cls._made.get(id(spec))
+        if found is None:
+            if len(cls._made) >= PREPARED_MOST:
+                cls._made.clear()
+            found = cls._made[id(spec)] = cls(spec)
+        return found
+
+
 class _NotPlainError(Exception):
     """The quick walk does not know; the other one does."""
 
@@ -295,8 +327,8 @@ class Walker:
     Safe for concurrent readers.
     """
 
-    __slots__ = ("_last", "_moved", "_ranges", "_read", "_shift", "_size", "_tables", "_upper", "absent", "dtb", "keep",
-                 "physical", "spec")  # fmt: skip
+    __slots__ = ("_last", "_moved", "_ranges", "_read", "_shift", "_size", "_tables", "_upper", "absent", "dtb",
+                 "extents", "keep", "physical", "spec")  # fmt: skip
 
     def __init__(
         self, physical: Memory, spec: MmuSpec, dtb: int, absent: AbsentHook | None = None, *, keep: bool = False
@@ -308,13 +340,11 @@ class Walker:
         self.keep = keep
         self._size = spec.entry_size
         self._read = {1: physical.u8, 2: physical.u16, 4: physical.u32, 8: physical.u64, 16: physical.u128}[self._size]
-        first, last = spec.extents()[0], spec.extents()[-1]
-        self._ranges = (0 if first.start else first.stop, last.start or last.stop, last.stop)
-        *upper, self._last = (_step(level, spec.entry_size) for level in spec.levels)
-        self._upper = tuple(upper)
-        plain = all(_plain(kind) for level in spec.levels for kind in level.kinds if kind.fault is None)
-        self._moved = () if plain else tuple(map(_moved, spec.levels))
-        self._shift = spec.levels[-1].shift + spec.levels[-1].bits
+        made = _Prepared.of(spec)
+        self.extents = made.extents
+        """What it translates."""
+        self._ranges, self._upper, self._last = made.ranges, made.upper, made.last
+        self._moved, self._shift = made.moved, made.shift
         self._tables: dict[int, int] = {}
 
     def find(self, address: int) -> tuple[int, int]:

@@ -67,12 +67,13 @@ class VirtualMemory(Memory):
         constants = physical.for_constants()
         self._constants = None if constants is physical else constants
         walkers = [Walker(self._tables, spec, dtb, absent, keep=keep) for spec, dtb in roots]
-        found = [(extent.start, extent.stop, walker) for walker in walkers for extent in walker.spec.extents()]
+        found = [(extent.start, extent.stop, walker) for walker in walkers for extent in walker.extents]
         self._ranges = tuple(sorted(found, key=lambda entry: entry[0]))
         for one, two in zip(self._ranges, self._ranges[1:], strict=False):
             if two[0] < one[1]:
                 raise InvalidArgumentError(f"two page tables translate the addresses from {two[0]:#x} on")
-        self._roots_in_order = tuple(dict.fromkeys((walker.spec, walker.dtb) for _, _, walker in self._ranges))
+        in_order = {id(walker): walker for _, _, walker in self._ranges}.values()
+        self._roots_in_order = tuple((walker.spec, walker.dtb) for walker in in_order)
         self._step = min(1 << spec.page_bits for spec, _ in roots)
         self.page_size = min(self._step, physical.page_size)
         self.writable = physical.writable
