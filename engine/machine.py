@@ -49,6 +49,8 @@ LIST_LIFETIME = 1.0
 """Seconds for which a list of processes and their records are kept over a live target, at the most."""
 LIST_SHARE = 20
 """A list is kept for no more than so many times what it took to make: what is cheap is fresh, as in /proc."""
+AT_HAND = 0.1
+"""Seconds for which what is at hand has to stay so: what is done without a thread then does not wait."""
 PROCESS_LIMIT = 4096
 """Processes whose objects an instance keeps."""
 
@@ -89,6 +91,8 @@ class Instance:
     _processes: OrderedDict[int, tuple[float, Process]] = field(default_factory=OrderedDict)
     _pids: tuple[float, list[int]] = (float("-inf"), [])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _listing: threading.Lock = field(default_factory=threading.Lock)
+    """Held by who makes a list, which the others wait for."""
 
     @property
     def identity(self) -> tuple[str, str, float, int]:
@@ -142,16 +146,33 @@ class Instance:
 
     def pids(self) -> list[int]:
         """The PIDs of an OS layer, ascending; over a live target at most a second old, less where that is cheap."""
+        known = self._known_pids()
+        if known is not None:
+            return known
+        with self._listing:
+            known = self._known_pids()
+            return self._list() if known is None else known
+
+    def _known_pids(self) -> list[int] | None:
+        """Those of the last list, if it is fresh."""
         expires, pids = self._pids
-        if not pids or (self.live and time.monotonic() > expires):
-            began = time.monotonic()
-            try:
-                pids = self.layer.pids()
-            except EngineError as error:
-                self.last_error = str(error)
-                raise
-            took = time.monotonic() - began
-            self._pids = (began + took + min(LIST_LIFETIME, LIST_SHARE * took), pids)
+        return pids if pids and not (self.live and time.monotonic() > expires) else None
+
+    def _list(self) -> list[int]:
+        """Make a list; where it tells of the processes too, these are kept."""
+        layer, generation, began = self.layer, self.generation, time.monotonic()
+        try:
+            found = layer.listing()
+            pids = layer.pids() if found is None else list(found)
+        except EngineError as error:
+            self.last_error = str(error)
+            raise
+        now = time.monotonic()
+        with self._lock:
+            if generation == self.generation and self.current_layer is layer:
+                self._pids = (now + min(LIST_LIFETIME, LIST_SHARE * (now - began)), pids)
+                if found is not None and len(found) <= PROCESS_LIMIT:
+                    self._processes = OrderedDict((pid, (now, process)) for pid, process in found.items())
         return pids
 
     def process(self, pid: int) -> Process:
@@ -177,6 +198,11 @@ class Instance:
                     del self._processes[old]
         return process
 
+    def at_hand(self, pid: int, identity: Hashable) -> bool:
+        """Whether `process_of` would give that process without asking the target, for some time to come."""
+        known = self._processes.get(pid)
+        return known is not None and self._fresh(known[0] - AT_HAND) and known[1].identity == identity
+
     def process_of(self, pid: int, identity: Hashable) -> Process:
         """The process with that PID, if it is still the one known by `identity`; else ProcessExitedError."""
         process = self.process(pid)
@@ -186,7 +212,9 @@ class Instance:
 
     def open_process(self, pid: int, identity: Hashable) -> Process:
         """A Process object of one's own, for an open file: close it when done."""
-        process = self.layer.process(pid)
+        process = self.process_of(pid, identity).again() if self.at_hand(pid, identity) else None
+        if process is None:
+            process = self.layer.process(pid)
         if process.identity != identity:
             process.close()
             raise ProcessExitedError(pid)

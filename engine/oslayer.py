@@ -136,6 +136,13 @@ class Process(Capable):
         """
         _ = self.name
 
+    def again(self) -> Process | None:
+        """Another object for it, as it is now; None where that costs no less than by its PID.
+
+        Raises ProcessExitedError.
+        """
+        return None
+
     @property
     @abstractmethod
     def memory(self) -> Memory:
@@ -197,6 +204,10 @@ class OsLayer(Capable):
     @abstractmethod
     def pids(self) -> list[int]:
         """The PIDs there are, ascending: the cheapest listing."""
+
+    def listing(self) -> Mapping[int, Process] | None:
+        """All processes by PID, ascending, as of one listing; None where that costs more than `pids`."""
+        return None
 
     @abstractmethod
     def process(self, pid: int) -> Process:

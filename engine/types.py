@@ -361,4 +361,8 @@ class OsInfo:
     writable: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Entries left out since they could not be read, by kind."""
+    retried: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Entries, and lists, that were read again since they had changed meanwhile, by kind."""
+    listed: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Entries of all lists that were given so far over a live target, by kind: what `skipped` is a share of."""
     notes: tuple[str, ...] = ()

@@ -170,6 +170,8 @@ def os_record(info: OsInfo, processes: int | None = None) -> Record:
         "command_line": info.command_line,
         "processes": processes,
         "skipped": dict(info.skipped),
+        "retried": dict(info.retried),
+        "listed": dict(info.listed),
         "live": info.live,
         "writable": info.writable,
         "notes": list(info.notes),

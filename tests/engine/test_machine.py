@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from support import as_nobody
 
@@ -219,6 +222,58 @@ def test_lists_are_kept_for_a_second_and_no_longer(monkeypatch):
         now[0] += 1.01
         instance.pids()
         assert instance.layer.listed == 2
+
+
+def test_a_list_that_tells_of_the_processes_too_is_asked_for_them_alone(monkeypatch):
+    with Machine() as machine:
+        machine.run("connector", "vm guest:a")
+        instance = machine.run("oslayer", "web -c vm guestos")
+        found = {pid: GuestProcess(pid, 5) for pid in (7, 9)}
+        monkeypatch.setattr(instance.layer, "listing", lambda: found)
+        assert not instance.at_hand(9, found[9].identity)
+        assert instance.pids() == [7, 9]
+        assert instance.process(9) is found[9]
+        assert instance.at_hand(9, found[9].identity)
+        assert not instance.at_hand(9, found[7].identity)
+        monkeypatch.setattr(instance.layer, "listing", lambda: {7: found[7]})
+        instance._pids = (0.0, [])
+        assert instance.pids() == [7]
+        with pytest.raises(ProcessExitedError):
+            instance.process(9)
+
+
+def test_what_is_at_hand_is_opened_by_another_object_for_it_where_there_is_one(monkeypatch):
+    with Machine() as machine:
+        machine.run("connector", "vm guest:a")
+        instance = machine.run("oslayer", "web -c vm guestos")
+        known = instance.process(7)
+        assert instance.open_process(7, known.identity) is not known
+        other = GuestProcess(7, 5)
+        monkeypatch.setattr(known, "again", lambda: other)
+        assert instance.open_process(7, known.identity) is other
+        instance.forget()
+        assert instance.open_process(7, known.identity) is not other
+
+
+def test_those_who_ask_for_a_list_while_it_is_made_get_that_one(monkeypatch):
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    def listing():
+        made.append(1)
+        begun.set()
+        assert go_on.wait(10)
+        return {7: GuestProcess(7, 5)}
+
+    with Machine() as machine:
+        machine.run("connector", "vm guest:a")
+        instance = machine.run("oslayer", "web -c vm guestos")
+        monkeypatch.setattr(instance.layer, "listing", listing)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(instance.pids) for _ in range(4)]
+            assert begun.wait(10)
+            go_on.set()
+            assert [one.result(10) for one in asked] == [[7]] * 4
+    assert len(made) == 1
 
 
 def test_a_connector_that_fails_to_open_is_closed_and_leaves_no_parent_behind(monkeypatch):

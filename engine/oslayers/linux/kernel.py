@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import field
 
 from engine.errors import FaultError, NotFoundError, TargetGoneError
@@ -19,6 +21,12 @@ from engine.translate.mmu import Root
 from engine.translate.virtual import VirtualMemory
 
 
+class _Local(threading.local):
+    """What belongs to the operation of one thread."""
+
+    skipped: Counter[str] | None = None
+
+
 @dataclass(slots=True)
 class Kernel:
     """The kernel of one OS layer; shared by its processes."""
@@ -28,6 +36,10 @@ class Kernel:
     base: Base
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out since it could not be read, by kind."""
+    retried: Counter[str] = field(default_factory=Counter)
+    """What was read again since it had changed meanwhile, by kind."""
+    listed: Counter[str] = field(default_factory=Counter)
+    """Entries of the lists that were given so far, by kind."""
     boot_time: Callable[[], int | None] = lambda: None
     """When it was started, nanoseconds since 1970 UTC by its own clock; None where that is not known."""
     boot: int = 0
@@ -39,6 +51,7 @@ class Kernel:
     is_look_due: Callable[[], bool] = lambda: False
     _leased: VirtualMemory | None = None
     _swap: list[SwapEntries | None] = field(default_factory=list)
+    _local: _Local = field(default_factory=_Local)
 
     @property
     def live(self) -> bool:
@@ -83,7 +96,24 @@ class Kernel:
         """
         if self.replaced:
             raise TargetGoneError(f"the Linux {self.found.release} that ran here has ended: the machine was restarted")
-        return Objects(self._view(), self.types, self.found.candidate.kernel_start, self.skipped)
+        own = self._local.skipped
+        skipped = self.skipped if own is None else own
+        return Objects(self._view(), self.types, self.found.candidate.kernel_start, skipped, self.retried)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Counter[str]]:
+        """What is left out within, by this thread, is counted in the counter that this gives, and nowhere else."""
+        local, before = self._local, self._local.skipped
+        local.skipped = Counter()
+        try:
+            yield local.skipped
+        finally:
+            local.skipped = before
+
+    def leave_out(self, skipped: Counter[str]) -> None:
+        """Count what was counted apart, and is to be told."""
+        own = self._local.skipped
+        (self.skipped if own is None else own).update(skipped)
 
     def _view(self) -> VirtualMemory:
         """The kernel's memory for one operation; while a lease tells that nothing changes, the same one for all."""

@@ -225,6 +225,8 @@ class LinuxLayer(OsLayer):
             live=self._base.live,
             writable=self._base.writable,
             skipped=dict(self.kernel.skipped),
+            retried=dict(self.kernel.retried),
+            listed=dict(self.kernel.listed),
             notes=(*self._layout(found), *self._restarts(), *self.kernel.profile.notes),
         )
 
@@ -343,8 +345,14 @@ class LinuxLayer(OsLayer):
 
     def processes(self) -> Iterator[Process]:
         """See `OsLayer.processes`: all as of one listing."""
-        for _, found in sorted(self._list().items()):
-            yield LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
+        yield from self.listing().values()
+
+    def listing(self) -> Mapping[int, Process]:
+        """See `OsLayer.listing`: the list of tasks tells all that one begins with."""
+        return {
+            pid: LinuxProcess(self.kernel, self.tasks, found.record, found.sources)
+            for pid, found in sorted(self._list().items())
+        }
 
     def _list(self) -> Mapping[int, Listed]:
         live = self.kernel.live
@@ -369,6 +377,7 @@ class LinuxLayer(OsLayer):
                 if watch.is_same() and not kernel.replaced:
                     now = time.monotonic()
                     self._listed = now + LIST_SHARE * (now - began), listing
+                    kernel.listed["process"] += len(listing)
                     return listing
         raise NotRecognisedError("the machine is being restarted: its kernel changed again and again as it was read")
 

@@ -2,26 +2,30 @@
 
 A rootkit that takes a process out of one of them leaves it in the other: what only one has is listed and told so.
 Over live memory the two are read one after the other, so that a process that began or ended meanwhile is in one
-alone, too: where they differ, or the ring does not close, they are read again, and what they then agree on holds.
+alone, too: where they differ, each of these is looked at again, by itself, and what is found then holds.
 
 Sources: Linux kernel/pid.c, include/linux/{pid,pid_namespace,idr}.h; releases 5.10 to 7.x.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 
 from engine.errors import FaultError, NotFoundError
 from engine.oslayers.linux.objects import Objects
-from engine.oslayers.linux.tasks import TASK_LIMIT, TaskRecord, Tasks
+from engine.oslayers.linux.tasks import DEAD, TASK_LIMIT, TaskRecord, Tasks
 from engine.oslayers.linux.walks import xarray, xarray_entry
 from engine.records import dataclass
 
 RING, NUMBERS = "task ring", "pid numbers"
 """Where a process may be found: in the list of tasks, in the table of PIDs."""
+BOTH = (RING, NUMBERS)
 LOOKS = 3
-"""How often both are read over live memory before a difference is believed."""
-DEAD = "X"
+"""How often over live memory it is looked at what only one of them has, before that is believed."""
+DOUBTS = 1024
+"""Of so many it is looked again, at the most; where there are more, the ring is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,80 +74,105 @@ def find_process(tasks: Tasks, objects: Objects, numbers: PidNumbers, pid: int) 
     """
     try:
         address = numbers.leader(objects, pid)
-        records = [] if address is None else tasks.records(objects, [address])
-        if address is None or not records or not records[0].pid == records[0].tgid == pid or records[0].state == DEAD:
+        record = None if address is None else tasks.record(objects, address)
+        if address is None or record is None or not record.pid == record.tgid == pid or record.state == DEAD:
             return None
-        link, word = address + tasks.link.offset, objects.word
-        following, previous = objects.pointer(link), objects.pointer(link + word)
-        linked = following != link and objects.pointer(following + word) == objects.pointer(previous) == link
+        linked = _is_linked(tasks, objects, address)
     except FaultError:
         return None
-    return Listed(records[0], (RING, NUMBERS) if linked else (NUMBERS,))
+    return Listed(record, BOTH if linked else (NUMBERS,))
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """What one reading of both sources gave, by address."""
-
-    ring: Mapping[int, None]
-    whole: bool
-    numbers: Mapping[int, int] | None
-    """None where this kernel does not tell."""
-
-    @property
-    def agreed(self) -> bool:
-        return self.whole and (self.numbers is None or self.ring.keys() == self.numbers.keys())
-
-    def sources(self, address: int) -> tuple[str, ...]:
-        """Where it was found; never empty for what one of the looks has."""
-        found = (RING,) if address in self.ring else ()
-        return (*found, NUMBERS) if self.numbers is not None and address in self.numbers else found
+def _is_linked(tasks: Tasks, objects: Objects, address: int) -> bool:
+    """Whether a task stands in the ring, as its neighbours say. Raises FaultError."""
+    link, word = address + tasks.link.offset, objects.word
+    following, previous = objects.pointer(link), objects.pointer(link + word)
+    return following != link and objects.pointer(following + word) == objects.pointer(previous) == link
 
 
 def list_processes(
     tasks: Tasks, objects: Callable[[], Objects], numbers: PidNumbers | None, *, live: bool
 ) -> dict[int, Listed]:
     """All processes by PID, but the idle task, which has no number that a user sees."""
-    looks: list[_Look] = []
-    for _ in range(LOOKS if live else 1):
-        reader = objects()
-        ring, whole = tasks.ring(reader)
-        looks.append(_Look(dict.fromkeys(ring), whole, None if numbers is None else numbers.leaders(reader)))
-        if looks[-1].agreed:
-            looks = looks[-1:]
-            break
     reader = objects()
-    sources = _united(looks)
-    records = tasks.records(reader, list(sources))
+    ring, _ = tasks.ring(reader)
+    leaders = None if numbers is None else numbers.leaders(reader)
+    sources: dict[int, tuple[str, ...]] = {
+        address: (RING,) if leaders is None or address not in leaders else BOTH for address in ring
+    }
+    for address in leaders or ():
+        sources.setdefault(address, (NUMBERS,))
+    records = tasks.records(reader.silent(), list(sources))
+    told = {record.address: record for record in records}
+    if live:
+        _settle(tasks, objects, numbers, leaders, sources, told)
     found: dict[int, Listed] = {}
-    for record in records:
-        one = Listed(record, sources[record.address])
-        if not _is_process(record, one.sources, looks[-1].numbers) or (record.state == DEAD and live):
+    for address, where in sources.items():
+        record = told.get(address)
+        if record is None:
+            reader.skipped["task"] += 1
+            continue
+        if not _is_process(record, where, leaders) or (record.state == DEAD and live):
             if not live:
                 reader.skipped["pid entry"] += 1
             continue
         there = found.get(record.pid)
         if there is not None:
             reader.skipped["process with the PID of another"] += 1
-        if there is None or len(there.sources) < len(one.sources):
-            found[record.pid] = one
+        if there is None or len(there.sources) < len(where):
+            found[record.pid] = Listed(record, where)
     return found
 
 
-def _united(looks: list[_Look]) -> dict[int, tuple[str, ...]]:
-    """Address → sources; over several looks: of what the last has, and of what no broken look may have missed."""
-    last = looks[-1]
-    united = {address: last.sources(address) for address in dict.fromkeys([*last.ring, *(last.numbers or ())])}
-    if not last.whole:
-        for look in looks[:-1]:
-            for address in (*look.ring, *(look.numbers or ())):
-                united.setdefault(address, look.sources(address))
-    if len(looks) > 1:  # a difference counts that every look saw
-        for address, found in united.items():
-            for look in looks[:-1]:
-                found = tuple(dict.fromkeys((*found, *look.sources(address))))
-            united[address] = tuple(name for name in (RING, NUMBERS) if name in found)
-    return united
+def _settle(
+    tasks: Tasks,
+    objects: Callable[[], Objects],
+    numbers: PidNumbers | None,
+    leaders: Mapping[int, int] | None,
+    sources: dict[int, tuple[str, ...]],
+    told: dict[int, TaskRecord],
+) -> None:
+    """Look again, each by itself, at those that only one source has, or whose record was torn.
+
+    Who began or ended meanwhile then is in both, or in none: who is gone is left out of `sources`, and not counted.
+    """
+
+    def is_doubtful(address: int) -> bool:
+        record = told.get(address)
+        if record is None or leaders is None:
+            return record is None
+        return sources[address] != BOTH or leaders.get(address, record.pid) != record.pid
+
+    for _ in range(LOOKS - 1):
+        doubtful = list(islice(filter(is_doubtful, sources), DOUBTS))
+        if not doubtful:
+            return
+        reader = objects()
+        reader.retried["task"] += len(doubtful)
+        for address in doubtful:
+            record = tasks.record(reader, address)
+            pid = record.pid if record is not None else None if leaders is None else leaders.get(address)
+            where = _found_at(tasks, reader, numbers, address, pid)
+            if where:
+                sources[address] = where
+            else:
+                del sources[address]
+            if record is not None and where:
+                told[address] = record
+            else:
+                told.pop(address, None)
+
+
+def _found_at(
+    tasks: Tasks, objects: Objects, numbers: PidNumbers | None, address: int, pid: int | None
+) -> tuple[str, ...]:
+    """Which of the sources have the task at that address now: none that of one who has ended."""
+    found: tuple[str, ...] = ()
+    with contextlib.suppress(FaultError):
+        found += (RING,) if _is_linked(tasks, objects, address) else ()
+    with contextlib.suppress(FaultError):
+        found += (NUMBERS,) if numbers is not None and pid and numbers.leader(objects, pid) == address else ()
+    return found
 
 
 def _is_process(record: TaskRecord, sources: tuple[str, ...], numbers: Mapping[int, int] | None) -> bool:

@@ -36,10 +36,12 @@ class Objects:
     """First address of the kernel's half."""
     skipped: Counter[str] = field(default_factory=Counter)
     """What was left out, by kind: told in `info`."""
+    retried: Counter[str] = field(default_factory=Counter)
+    """What was read again since it had changed meanwhile, by kind: told there too."""
 
     def fresh(self) -> Objects:
         """The same with a view of memory of its own, for one operation."""
-        return Objects(self.memory.cached(), self.types, self.kernel_start, self.skipped)
+        return Objects(self.memory.cached(), self.types, self.kernel_start, self.skipped, self.retried)
 
     def silent(self) -> Objects:
         """The same, counting what it leaves out nowhere: for guesses."""
@@ -69,13 +71,14 @@ class Objects:
 
     def value(self, address: int, member: Field) -> int:
         """A number in a member of the structure at `address`; of a bit-field its bits. Raises FaultError."""
-        return self._number(self.memory.read(address + member.offset, member.size), member)
+        return self.number_of(self.memory.read(address + member.offset, member.size), member)
 
     def number_in(self, data: bytes, member: Field) -> int:
         """A number in a member of a structure whose bytes were read."""
-        return self._number(data[member.offset : member.stop], member)
+        return self.number_of(data[member.offset : member.stop], member)
 
-    def _number(self, data: bytes, member: Field) -> int:
+    def number_of(self, data: bytes, member: Field) -> int:
+        """The number that the bytes of a member are."""
         number = int.from_bytes(data, "little" if self.types.order == "<" else "big", signed=False)
         if member.bit_size:
             return member.extract(number)

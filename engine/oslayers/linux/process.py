@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 from engine.bytes_memory import BytesMemory
 from engine.containers import container_among, main_path
 from engine.elf_modules import NARROW
-from engine.errors import FaultError, NotFoundError, NotRecognisedError, ProcessExitedError
+from engine.errors import EngineError, FaultError, NotFoundError, NotRecognisedError, ProcessExitedError
 from engine.layout import Field
 from engine.memory import Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
@@ -22,12 +23,15 @@ from engine.oslayers.linux.paths import Paths
 from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
 from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
-from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.tasks import DEAD, TaskRecord, Tasks
 from engine.oslayers.linux.user_space import mapped_regions
 from engine.oslayers.linux.vmas import regions_of
 from engine.translate.virtual import VirtualMemory
 from engine.types import CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
+T = TypeVar("T")
+LOOKS = 3
+"""How often facts are read that changed meanwhile."""
 NOTHING = BytesMemory(b"")
 """The address space of a kernel thread: it has none of its own."""
 STRINGS_LIMIT = 4 << 20
@@ -43,8 +47,13 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         self.tasks = tasks
         self._record = record
         self._sources = sources
-        self._memory: Memory | None = None
-        self._places: list[tuple[int, int, int]] | None = None
+        self._memory: tuple[int | None, Memory] | None = None
+        self._places: tuple[int, int | None, int | None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its PID in the outermost namespace."""
+        return self._record.pid
 
     @property
     def record(self) -> TaskRecord:
@@ -52,16 +61,47 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         if not self.kernel.live:
             return self._record
         if self.kernel.replaced:
-            raise ProcessExitedError(self._record.pid)
-        found = self.tasks.records(self.kernel.objects(), [self._record.address])
-        if not found or (found[0].pid, found[0].start_ns) != (self._record.pid, self._record.start_ns):
-            raise ProcessExitedError(self._record.pid)
-        return found[0]
+            raise ProcessExitedError(self.pid)
+        found = self.tasks.record(self.kernel.objects(), self._record.address)
+        if found is None or found.state == DEAD or (found.pid, found.start_ns) != (self.pid, self._record.start_ns):
+            raise ProcessExitedError(self.pid)
+        return found
+
+    def again(self) -> LinuxProcess:
+        """See `Process.again`: with its memory, which is what it is wanted for mostly."""
+        other = LinuxProcess(self.kernel, self.tasks, self.record, self._sources)
+        other._places = self._places
+        other._memory_of(other._record)
+        return other
+
+    def steady(self, tell: Callable[[TaskRecord], T]) -> T:
+        """What `tell` gives of its record: all of it was read while it was this process, and had this mm.
+
+        Where it called exec meanwhile, or something had to be left out, it is told again, up to three times. Raises
+        ProcessExitedError where it has ended; then nothing was left out.
+        """
+        kernel, left = self.kernel, LOOKS
+        if not kernel.live:
+            return tell(self._record)
+        while True:
+            record, left = self.record, left - 1
+            with kernel.counted() as skipped:
+                try:
+                    told = tell(record)
+                except EngineError:
+                    if self._has_mm_of(record) or not left:
+                        raise
+                    continue
+                settled = self._has_mm_of(record) and not skipped
+            if settled or not left:
+                kernel.leave_out(skipped)
+                return told
+            kernel.retried["process"] += 1
 
     @property
     def identity(self) -> Hashable:
         """See `Process.identity`."""
-        return self._record.pid, self._record.start_ns, self._record.address, self.kernel.boot
+        return self.pid, self._record.start_ns, self._record.address, self.kernel.boot
 
     @property
     def name(self) -> str:
@@ -74,40 +114,54 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         A task leaves its mm before the page tables are given back, and its record still says so when it is free. The
         record lies in a slab, which the kernel never moves: where, is asked once.
         """
-        if not self.kernel.live:
-            return
+        if self.kernel.live:
+            self._check(self._record)
+
+    def _check(self, record: TaskRecord) -> None:
+        """Raise ProcessExitedError where it is no more what that record of it says, or another kernel runs."""
         try:
             self.kernel.look()
         except NotRecognisedError:
-            raise ProcessExitedError(self._record.pid) from None
-        if self.kernel.replaced:
-            raise ProcessExitedError(self._record.pid)
+            raise ProcessExitedError(self.pid) from None
+        if self.kernel.replaced or not self._has_mm_of(record):
+            raise ProcessExitedError(self.pid)
+
+    def _has_mm_of(self, record: TaskRecord) -> bool:
+        """Whether its mm is still that of a record of it. Raises ProcessExitedError where it has ended."""
         memory = self.kernel.found.physical
         try:
-            if self._places is None:
-                self._places = self._found_places()
-            for place, size, value in self._places:
-                if (memory.u64 if size == 8 else memory.u32)(place) != value:
-                    raise ProcessExitedError(self._record.pid)
+            places = self._places
+            if places is None:
+                places = self._places = self._found_places()
+            pid, start, mm = places
+            if memory.u32(pid) != record.pid or (start is not None and memory.u64(start) != record.start_ns):
+                raise ProcessExitedError(self.pid)
+            if mm is None:
+                return True
+            return (memory.u64(mm) if self.kernel.profile.word == 8 else memory.u32(mm)) == record.mm
         except FaultError:
-            raise ProcessExitedError(self._record.pid) from None
+            raise ProcessExitedError(self.pid) from None
 
-    def _found_places(self) -> list[tuple[int, int, int]]:
-        """(physical address, size, value) of what tells this process from others. Raises FaultError."""
-        task, record = self.tasks.task, self._record
-        start = task.get("start_boottime", "real_start_time")
-        members: list[tuple[Field, int, int]] = [(task["pid"], 4, record.pid)]
-        if record.mm is not None:
-            members.append((task["mm"], self.kernel.profile.word, record.mm))
-        if start is not None and record.start_ns is not None:
-            members.append((start, 8, record.start_ns))
-        space = self.kernel.found.memory
-        return [(space.virt_to_phys(record.address + one.offset), size, value) for one, size, value in members]
+    def _found_places(self) -> tuple[int, int | None, int | None]:
+        """Physical addresses of its PID, its start, its mm; None where that is not known. Raises FaultError."""
+        task, record, space = self.tasks.task, self._record, self.kernel.found.memory
+
+        def place(member: Field) -> int:
+            return space.virt_to_phys(record.address + member.offset)
+
+        start = task.get("start_boottime", "real_start_time") if record.start_ns is not None else None
+        return (
+            place(task["pid"]),
+            None if start is None else place(start),
+            None if record.mm is None else place(task["mm"]),
+        )
 
     @property
     def info(self) -> ProcessInfo:
         """See `Process.info`."""
-        record = self.record
+        return self.steady(self._info)
+
+    def _info(self, record: TaskRecord) -> ProcessInfo:
         extra: dict[str, Any] = {"sources": list(self._sources)}
         namespaces = self.tasks.namespaces(self.kernel.objects(), record.address)
         extra["namespaces"] = None if namespaces is None else dict(namespaces)
@@ -145,7 +199,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         if issubclass(ThreadRegisters, kind) and not self.kernel.knows("pt_regs"):
             return None
         if issubclass(ProcFiles, kind):
-            files = LinuxProcFiles(self.kernel, self.tasks, self.record, self.arguments, self.environment)
+            files = LinuxProcFiles(self.kernel, self.tasks, self)
             return files if isinstance(files, kind) else None
         return super().capability(kind)
 
@@ -184,7 +238,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         """The arguments; () of a kernel thread and a zombie, None where they cannot be read."""
         if not record.mm:
             return None if record.mm is None else ()
-        data = self.arguments()
+        data = self._arguments(record)
         if data is None:
             return None
         return tuple(decoded(part) for part in data.removesuffix(b"\0").split(b"\0")) if data else ()
@@ -195,25 +249,29 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         A program that overwrote its arguments beyond their last byte has its text go on into the environment
         (get_mm_cmdline of fs/proc/base.c).
         """
-        found = self._strings("arg_start", "arg_end")
+        return self.steady(self._arguments)
+
+    def _arguments(self, record: TaskRecord) -> bytes | None:
+        found = self._strings(record, "arg_start", "arg_end")
         if found and found[-1]:
-            longer = self._strings("arg_start", "env_end")
+            longer = self._strings(record, "arg_start", "env_end")
             return longer.partition(b"\0")[0] if longer is not None else found
         return found
 
     def environment(self) -> bytes | None:
         """What /proc/PID/environ gives; None where it cannot be read whole."""
-        return self._strings("env_start", "env_end")
+        return self.steady(lambda record: self._strings(record, "env_start", "env_end"))
 
-    def _strings(self, first: str, last: str) -> bytes | None:
-        record = self.record
+    def _strings(self, record: TaskRecord, first: str, last: str) -> bytes | None:
         if not record.mm:
             return None if record.mm is None else b""
         try:
             objects = self.kernel.objects()
             layout = objects.struct("mm_struct")
             start, stop = (objects.value(record.mm, layout[name]) for name in (first, last))
-            return self.memory.read(start, min(stop - start, STRINGS_LIMIT)) if start < stop else b""
+            if start >= stop:
+                return b""
+            return self._memory_of(record).read(start, min(stop - start, STRINGS_LIMIT))
         except (FaultError, NotFoundError):
             return None
 
@@ -228,38 +286,47 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     @property
     def memory(self) -> Memory:
-        """See `Process.memory`: empty for a kernel thread."""
+        """See `Process.memory`: empty for a kernel thread. Once it has called exec this is no more its memory."""
         if self._memory is None:
-            record = self.record
-            pgd = self._pgd(record)
-            try:
-                if pgd is None or not record.mm:
-                    self._memory = NOTHING
-                else:
-                    check = self.check if self.kernel.base.live else None
-                    self._memory = process_space(self.kernel, record.mm, pgd, check)
-            except FaultError:
-                self._memory = NOTHING
-        return self._memory
+            return self._memory_of(self.record)
+        return self._memory[1]
+
+    def _memory_of(self, record: TaskRecord) -> Memory:
+        """The memory that it has by that record."""
+        if self._memory is None or self._memory[0] != record.mm:
+            self._memory = record.mm, self._space(record)
+        return self._memory[1]
+
+    def _space(self, record: TaskRecord) -> Memory:
+        pgd = self._pgd(record)
+        if pgd is None or not record.mm:
+            return NOTHING
+        check = partial(self._check, record) if self.kernel.base.live else None
+        try:
+            return process_space(self.kernel, record.mm, pgd, check)
+        except FaultError:
+            return NOTHING
 
     def regions(self) -> Iterator[Region]:
         """See `Process.regions`."""
-        record = self.record
-        if not record.mm:
-            return iter(())
-        try:
-            return iter(list(regions_of(self.kernel, record.mm)))
-        except NotFoundError:
-            return self._by_page_tables(record.mm)
+        return iter(self.steady(self._regions))
 
-    def _by_page_tables(self, mm: int) -> Iterator[Region]:
+    def _regions(self, record: TaskRecord) -> list[Region]:
+        if not record.mm:
+            return []
+        try:
+            return list(regions_of(self.kernel, record.mm))
+        except NotFoundError:
+            return list(self._by_page_tables(record))
+
+    def _by_page_tables(self, record: TaskRecord) -> Iterator[Region]:
         """What can be told of mappings where nothing is known of VMAs."""
-        objects, memory = self.kernel.objects(), self.memory
-        if not isinstance(memory, VirtualMemory):
+        objects, memory = self.kernel.objects(), self._memory_of(record)
+        if not isinstance(memory, VirtualMemory) or record.mm is None:
             return iter(())
         try:
             layout = objects.struct("mm_struct")
-            low, high, stack = (objects.value(mm, layout[name]) for name in ("start_brk", "brk", "start_stack"))
+            low, high, stack = (objects.value(record.mm, layout[name]) for name in ("start_brk", "brk", "start_stack"))
         except (FaultError, NotFoundError):
             return mapped_regions(memory, None, None)
         return mapped_regions(memory, (low, high), stack)
@@ -284,12 +351,18 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
             reader = Descriptors(self.kernel, self.tasks)
         except NotFoundError:
             return iter(())
-        return iter([reader.info(number, file) for number, file in reader.files(self.record.address)])
+        return iter(
+            self.steady(
+                lambda record: [reader.info(number, file) for number, file in reader.files(record.address)]
+            )
+        )
 
     def cached_files(self) -> Iterator[CachedFileInfo]:
         """See `CachedFiles.cached_files`."""
         try:
-            return iter(list(Contents(self.kernel, self.tasks, self.record).infos()))
+            return iter(self.steady(lambda record: list(Contents(self.kernel, self.tasks, record).infos())))
+        except ProcessExitedError:
+            raise
         except NotFoundError:
             return iter(())
 
@@ -300,19 +373,23 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def registers(self, tid: int) -> Mapping[str, int]:
         """See `ThreadRegisters.registers`."""
         frames = Frames(self.kernel, self.tasks)
-        objects = frames.objects
-        found = self.tasks.records(objects, self.tasks.threads(objects, self.record.address))
-        task = next((one.address for one in found if one.pid == tid), None)
-        if task is None:
-            raise NotFoundError(f"process {self.record.pid} has no thread {tid}")
-        try:
+
+        def read(record: TaskRecord) -> Mapping[str, int]:
+            task = next((one.address for one in self._threads(record) if one.pid == tid), None)
+            if task is None:
+                raise NotFoundError(f"process {self.pid} has no thread {tid}")
             return frames.registers(task)
+
+        try:
+            return self.steady(read)
         except FaultError as error:
             raise NotFoundError(f"the registers of thread {tid} cannot be read: {error}") from None
 
     def threads(self) -> Iterator[ThreadInfo]:
         """See `Process.threads`."""
-        objects = self.kernel.objects()
-        found = self.tasks.records(objects, self.tasks.threads(objects, self.record.address))
-        for one in sorted(found, key=lambda record: record.pid):
+        for one in sorted(self.steady(self._threads), key=lambda record: record.pid):
             yield ThreadInfo(one.pid, one.name, one.state, one.start_ticks)
+
+    def _threads(self, record: TaskRecord) -> list[TaskRecord]:
+        objects = self.kernel.objects()
+        return self.tasks.records(objects, self.tasks.threads(objects, record.address))

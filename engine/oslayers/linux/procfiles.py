@@ -10,6 +10,7 @@ Documentation/filesystems/proc.rst; releases 5.10 to 7.x.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.oslayer import ProcFiles
@@ -22,7 +23,9 @@ from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.percpu import per_cpu
 from engine.oslayers.linux.procstat import stat_text, statm_text
 from engine.oslayers.linux.procstatus import Status, limits_text
-from engine.oslayers.linux.tasks import TaskRecord, Tasks
+from engine.oslayers.linux.tasks import DEAD, TaskRecord, Tasks
+
+T = TypeVar("T")
 
 NAMES = {
     "auxv": "mm_struct.saved_auxv", "cgroup": "css_set.dfl_cgrp", "cmdline": "mm_struct.arg_start",
@@ -43,52 +46,81 @@ _EXTENT = 12
 """sizeof(struct uid_gid_extent): first, lower_first, count."""
 
 
+class Subject(Protocol):
+    """The process whose files these are."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def steady(self, tell: Callable[[TaskRecord], T]) -> T:
+        """What `tell` gives of its record, read while it was that process. Raises ProcessExitedError."""
+
+    def arguments(self) -> bytes | None:
+        """Its arguments."""
+
+    def environment(self) -> bytes | None:
+        """Its environment."""
+
+
 class LinuxProcFiles(ProcFiles):
     """The files of one process, or of one of its threads."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        tasks: Tasks,
-        record: TaskRecord,
-        arguments: Callable[[], bytes | None],
-        environment: Callable[[], bytes | None],
-        *,
-        whole: bool = True,
-    ) -> None:
-        """`whole`: of all threads together; else of the one task alone."""
+    def __init__(self, kernel: Kernel, tasks: Tasks, subject: Subject, thread: TaskRecord | None = None) -> None:
+        """Of all threads together, or of one alone."""
         self.kernel = kernel
         self.tasks = tasks
-        self.record = record
-        self._arguments = arguments
-        self._environment = environment
-        self._whole = whole
-        self._made: dict[str, Callable[[Objects], bytes]] = {
-            "auxv": lambda objects: auxiliary_vector(objects, record.mm),
+        self._subject = subject
+        self._thread = thread
+        self._made: dict[str, Callable[[Objects, TaskRecord], bytes]] = {
+            "auxv": lambda objects, record: auxiliary_vector(objects, record.mm),
             "cgroup": self._cgroup,
-            "comm": lambda _: encoded(record.name) + b"\n",
-            "gid_map": lambda objects: self._id_map(objects, "gid_map"),
+            "comm": lambda _, record: encoded(record.name) + b"\n",
+            "gid_map": lambda objects, record: self._id_map(objects, record, "gid_map"),
             "io": self._io,
             "limits": self._limits,
-            "mountinfo": lambda objects: self._mounts(objects, Mount.mountinfo_line),
-            "mounts": lambda objects: self._mounts(objects, Mount.mounts_line),
+            "mountinfo": lambda objects, record: self._mounts(objects, record, Mount.mountinfo_line),
+            "mounts": lambda objects, record: self._mounts(objects, record, Mount.mounts_line),
             "oom_score_adj": self._kill_score,
             "stat": self._stat,
             "statm": self._statm,
             "status": self._status,
-            "uid_map": lambda objects: self._id_map(objects, "uid_map"),
+            "uid_map": lambda objects, record: self._id_map(objects, record, "uid_map"),
         }
 
     def names(self) -> tuple[str, ...]:
         """See `ProcFiles.names`."""
         return tuple(name for name, member in NAMES.items() if self.kernel.tells(member))
 
+    def _steady(self, tell: Callable[[TaskRecord], T]) -> T:
+        """What `tell` gives of the task; of a thread too, only while it is that. Raises ProcessExitedError."""
+        thread = self._thread
+        if thread is None or not self.kernel.live:
+            return self._subject.steady(tell if thread is None else lambda _: tell(thread))
+
+        def now() -> TaskRecord:
+            found = self.tasks.record(self.kernel.objects(), thread.address)
+            if found is None or found.state == DEAD or (found.pid, found.start_ns) != (thread.pid, thread.start_ns):
+                raise ProcessExitedError(thread.pid)
+            return found
+
+        def of_thread(_: TaskRecord) -> T:
+            told = tell(now())
+            now()
+            return told
+
+        return self._subject.steady(of_thread)
+
+    @property
+    def _name(self) -> str:
+        return f"process {self._subject.pid}" if self._thread is None else f"thread {self._thread.pid}"
+
     def read(self, name: str) -> bytes:
         """See `ProcFiles.read`. Raises NotFoundError where the memory that holds it cannot be read."""
         if name in ("cmdline", "environ"):
-            data = self._arguments() if name == "cmdline" else self._environment()
+            data = self._subject.arguments() if name == "cmdline" else self._subject.environment()
             if data is None:
-                raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read")
+                raise NotFoundError(f"the {name} of {self._name} lies in memory that cannot be read")
             return data
         made = self._made.get(name)
         is_descriptor = name.startswith("fdinfo/") and name[7:].isdigit()
@@ -96,10 +128,10 @@ class LinuxProcFiles(ProcFiles):
             raise NotFoundError(f"a process read from memory has no file {name}")
         try:
             if made is None:
-                return self._descriptor(int(name[7:]))
-            return made(self.kernel.objects())
+                return self._steady(lambda record: self._descriptor(record, int(name[7:])))
+            return self._steady(lambda record: made(self.kernel.objects(), record))
         except FaultError:
-            raise NotFoundError(f"the {name} of process {self.record.pid} lies in memory that cannot be read") from None
+            raise NotFoundError(f"the {name} of {self._name} lies in memory that cannot be read") from None
 
     def links(self) -> tuple[str, ...]:
         """See `ProcFiles.links`."""
@@ -107,89 +139,101 @@ class LinuxProcFiles(ProcFiles):
 
     def link(self, name: str) -> str:
         """See `ProcFiles.link`."""
-        found: str | None = None
-        descriptors = Descriptors(self.kernel, self.tasks)
-        if name in ("cwd", "root"):
-            found = descriptors.folder(self.record.address, "pwd" if name == "cwd" else "root")
-        elif name == "exe":
-            found = self._executable(descriptors)
-        elif name.startswith("fd/") and name[3:].isdigit():
-            files = dict(descriptors.files(self.record.address))
-            file = files.get(int(name[3:]))
-            found = descriptors.describe(int(name[3:]), file).path if file else None
+        found = self._steady(lambda record: self._link(record, name))
         if found is None:
-            raise NotFoundError(f"process {self.record.pid} has no {name}, or it cannot be read")
+            raise NotFoundError(f"{self._name} has no {name}, or it cannot be read")
         return found
 
-    def _executable(self, descriptors: Descriptors) -> str | None:
-        if not self.record.mm:
+    def _link(self, record: TaskRecord, name: str) -> str | None:
+        descriptors = Descriptors(self.kernel, self.tasks)
+        if name in ("cwd", "root"):
+            return descriptors.folder(record.address, "pwd" if name == "cwd" else "root")
+        if name == "exe":
+            return self._executable(record, descriptors)
+        if name.startswith("fd/") and name[3:].isdigit():
+            file = dict(descriptors.files(record.address)).get(int(name[3:]))
+            return descriptors.describe(int(name[3:]), file).path if file else None
+        return None
+
+    def _executable(self, record: TaskRecord, descriptors: Descriptors) -> str | None:
+        if not record.mm:
             return None
         objects = descriptors.objects
         try:
-            file = objects.pointer(self.record.mm + objects.struct("mm_struct")["exe_file"].offset)
+            file = objects.pointer(record.mm + objects.struct("mm_struct")["exe_file"].offset)
             return descriptors.paths.of_file(file) if file else None
         except (FaultError, NotFoundError):
             return None
 
     def descriptors(self) -> list[int]:
         """See `ProcFiles.descriptors`."""
-        return [number for number, _ in Descriptors(self.kernel, self.tasks).files(self.record.address)]
+        return self._steady(
+            lambda record: [number for number, _ in Descriptors(self.kernel, self.tasks).files(record.address)]
+        )
 
     def thread(self, tid: int) -> ProcFiles:
         """See `ProcFiles.thread`. Raises ProcessExitedError where there is no such thread."""
-        objects = self.kernel.objects()
-        for one in self.tasks.records(objects, self.tasks.threads(objects, self.record.address)):
+
+        def found(record: TaskRecord) -> list[TaskRecord]:
+            objects = self.kernel.objects()
+            return self.tasks.records(objects, self.tasks.threads(objects, record.address))
+
+        for one in self._subject.steady(found):
             if one.pid == tid:
-                return LinuxProcFiles(self.kernel, self.tasks, one, self._arguments, self._environment, whole=False)
+                return LinuxProcFiles(self.kernel, self.tasks, self._subject, one)
         raise ProcessExitedError(tid)
 
-    def _fields(self, objects: Objects) -> Fields:
-        return Fields(objects, self.tasks, self.record.address)
+    def _fields(self, objects: Objects, record: TaskRecord) -> Fields:
+        return Fields(objects, self.tasks, record.address)
 
-    def _threads(self, objects: Objects) -> list[Fields]:
+    def _threads(self, objects: Objects, leader: Fields) -> list[Fields]:
         """Of each thread of the group; empty where this is one thread's."""
-        if not self._whole:
+        if self._thread is not None:
             return []
-        return [Fields(objects, self.tasks, task) for task in self.tasks.threads(objects, self.record.address)]
+        found = self.tasks.threads(objects, leader.task)
+        return [leader if task == leader.task else Fields(objects, self.tasks, task) for task in found]
 
     @property
     def _page(self) -> int:
         return 1 << self.kernel.found.candidate.user.page_bits
 
-    def _stat(self, objects: Objects) -> bytes:
-        return encoded(stat_text(self.record, self._fields(objects), self._threads(objects), self._page))
+    def _stat(self, objects: Objects, record: TaskRecord) -> bytes:
+        fields = self._fields(objects, record)
+        return encoded(stat_text(record, fields, self._threads(objects, fields), self._page))
 
-    def _statm(self, objects: Objects) -> bytes:
-        return statm_text(self._fields(objects), self._page, per_cpu(self.tasks.profile, objects)).encode()
+    def _statm(self, objects: Objects, record: TaskRecord) -> bytes:
+        fields = self._fields(objects, record)
+        return statm_text(fields, self._page, per_cpu(self.tasks.profile, objects)).encode()
 
-    def _status(self, objects: Objects) -> bytes:
+    def _status(self, objects: Objects, record: TaskRecord) -> bytes:
         counts = per_cpu(self.tasks.profile, objects)
-        return encoded(Status(self.tasks, self.record, self._fields(objects), self._page, counts).text())
+        return encoded(Status(self.tasks, record, self._fields(objects, record), self._page, counts).text())
 
-    def _limits(self, objects: Objects) -> bytes:
-        text = limits_text(self._fields(objects), objects.word)
+    def _limits(self, objects: Objects, record: TaskRecord) -> bytes:
+        text = limits_text(self._fields(objects, record), objects.word)
         if text is None:
-            raise NotFoundError(f"the limits of process {self.record.pid} are not known")
+            raise NotFoundError(f"the limits of {self._name} are not known")
         return text.encode()
 
-    def _cgroup(self, objects: Objects) -> bytes:
-        found = cgroups_of(objects, self.tasks, self.record.address, self.record.flags)
+    def _cgroup(self, objects: Objects, record: TaskRecord) -> bytes:
+        found = cgroups_of(objects, self.tasks, record.address, record.flags)
         if found is None:
-            raise NotFoundError(f"the cgroups of process {self.record.pid} are not known")
+            raise NotFoundError(f"the cgroups of {self._name} are not known")
         return encoded("".join(one.line() for one in found))
 
-    def _mounts(self, objects: Objects, line: Callable[[Mount], str]) -> bytes:
-        return encoded("".join(line(mount) for mount in MountTable(objects, self.tasks).of(self.record.address)))
+    def _mounts(self, objects: Objects, record: TaskRecord, line: Callable[[Mount], str]) -> bytes:
+        return encoded("".join(line(mount) for mount in MountTable(objects, self.tasks).of(record.address)))
 
-    def _kill_score(self, objects: Objects) -> bytes:
-        score = self._fields(objects).number("signal", "oom_score_adj")
+    def _kill_score(self, objects: Objects, record: TaskRecord) -> bytes:
+        score = self._fields(objects, record).number("signal", "oom_score_adj")
         if score is None:
-            raise NotFoundError(f"the oom_score_adj of process {self.record.pid} is not known")
+            raise NotFoundError(f"the oom_score_adj of {self._name} is not known")
         return f"{score}\n".encode()
 
-    def _io(self, objects: Objects) -> bytes:
+    def _io(self, objects: Objects, record: TaskRecord) -> bytes:
         """What it has read and written; of a group the sum over its threads, and what those had that have ended."""
-        fields, threads = self._fields(objects), self._threads(objects)
+        fields = self._fields(objects, record)
+        threads = self._threads(objects, fields)
         lines = []
         for name in _COUNTS:
             counts = [one.number("task", f"ioac.{name}") for one in threads or [fields]]
@@ -198,11 +242,11 @@ class LinuxProcFiles(ProcFiles):
                 lines.append(f"{name}: {sum(count or 0 for count in counts)}\n")
         return "".join(lines).encode()
 
-    def _id_map(self, objects: Objects, name: str) -> bytes:
+    def _id_map(self, objects: Objects, record: TaskRecord, name: str) -> bytes:
         """How its user namespace's numbers of users or groups follow the outermost one's."""
-        layout, space = objects.struct("user_namespace"), self._fields(objects).number("cred", "user_ns")
+        layout, space = objects.struct("user_namespace"), self._fields(objects, record).number("cred", "user_ns")
         if not space:
-            raise NotFoundError(f"the user namespace of process {self.record.pid} is not known")
+            raise NotFoundError(f"the user namespace of {self._name} is not known")
         count = objects.value(space, layout[f"{name}.nr_extents"])
         at = space + layout[f"{name}.extent"].offset
         if count > EXTENTS_HERE:
@@ -212,15 +256,15 @@ class LinuxProcFiles(ProcFiles):
         rows = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
         return "".join(f"{first:10} {lower:10} {length:10}\n" for first, lower, length in rows).encode()
 
-    def _descriptor(self, number: int) -> bytes:
+    def _descriptor(self, record: TaskRecord, number: int) -> bytes:
         """/proc/PID/fdinfo/N: position, flags, mount and inode; what the kind of file adds to them is left out."""
         descriptors = Descriptors(self.kernel, self.tasks)
-        file = dict(descriptors.files(self.record.address)).get(number)
+        file = dict(descriptors.files(record.address)).get(number)
         if file is None:
-            raise NotFoundError(f"process {self.record.pid} has no descriptor {number}")
+            raise NotFoundError(f"{self._name} has no descriptor {number}")
         objects, one = descriptors.objects, descriptors.describe(number, file)
         flags = one.flags or 0
-        if descriptors.closes_on_exec(self.record.address, number):
+        if descriptors.closes_on_exec(record.address, number):
             flags |= CLOSE_ON_EXEC
         mount = objects.pointer(file + descriptors.paths.file_path + descriptors.paths.path_mount.offset)
         mount_id = objects.value(mount - descriptors.paths.in_mount, objects.struct("mount")["mnt_id"])

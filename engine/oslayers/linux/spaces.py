@@ -31,6 +31,8 @@ from engine.translate.virtual import VirtualMemory
 from engine.types import Extent
 
 R = TypeVar("R")
+LOOKS = 3
+"""How often mappings are read that changed meanwhile."""
 BATCH_PAGES = 4096
 """Pages that are looked up at a time once a read met one that is not mapped."""
 
@@ -113,10 +115,27 @@ class ProcessSpace(VirtualMemory):
         """What is mapped."""
         if self._mappings is not None:
             return self._mappings
-        found = Mappings(self.kernel, self.mm)
+        found = self._found_mappings()
         if self.keep:
             self._mappings = found
         return found
+
+    def _found_mappings(self) -> Mappings:
+        """The mappings; where some are torn they are read again, and who ended meanwhile has left nothing out."""
+        kernel = self.kernel
+        for left in reversed(range(LOOKS if kernel.live else 1)):
+            with kernel.counted() as skipped:
+                found = Mappings(kernel, self.mm)
+            if not skipped or not left:
+                break
+            kernel.retried["VMA"] += 1
+        if skipped:
+            self._check_presence()
+            kernel.leave_out(skipped)
+        return found
+
+    def _check_presence(self) -> None:
+        """Raise ProcessExitedError where it is known that the process has ended."""
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -305,6 +324,13 @@ class Watched(VirtualMemory):
         """See `Memory.borrow`: nothing, since what is looked at later may be another's by then."""
         return None
 
+    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """See `Memory.extents`. Raises ProcessExitedError."""
+        for extent in super().extents(start, stop):
+            self.check()
+            yield extent
+        self.check()
+
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`. Raises ProcessExitedError."""
         return self._checked(lambda: super(Watched, self).gather(addresses, out))
@@ -334,6 +360,9 @@ class Watched(VirtualMemory):
 
 class WatchedSpace(Watched, ProcessSpace):
     """The memory of a process that may end."""
+
+    def _check_presence(self) -> None:
+        self.check()
 
     def cached(self) -> ProcessSpace:
         """See `Memory.cached`."""

@@ -5,6 +5,7 @@ Sources: Linux include/linux/sched.h, sched/signal.h, cred.h, pid.h, fs/proc/arr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.errors import FaultError, NotFoundError
 from engine.layout import Field, StructLayout
 from engine.memory import Addresses
 from engine.oslayers.linux.names import KernelThreadNames
-from engine.oslayers.linux.objects import Objects
+from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.profile import Profile
 from engine.oslayers.linux.walks import settled_ring
 from engine.records import dataclass
@@ -25,11 +26,17 @@ TASK_LIMIT = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 PF_KTHREAD = 0x0020_0000
 """include/linux/sched.h; the same since 2.6.27."""
+SINGLE = 4
+"""Up to so many records are read each by itself: faster than a column of each member (measured)."""
+RECORD_LIMIT = 1 << 16
+"""Bytes of a task_struct, at the most: it has 4 to 10 KB."""
 TICKS = 10_000_000
 """Nanoseconds of a tick of USER_HZ, in which /proc/PID/stat counts."""
 NAMESPACES = ("uts", "ipc", "mnt", "net", "time", "cgroup")
 STATE_LETTERS = "RSDTtXZPI"
 """By the highest bit of the state (task_state_array of fs/proc/array.c)."""
+DEAD = "X"
+"""Of a task that is being freed: nobody finds it any more."""
 _REPORTED, _IDLE, _NO_LOAD, _RTLOCK, _FROZEN = 0x7F, 0x402, 0x400, 0x1000, 0x8000
 
 
@@ -87,6 +94,11 @@ class Tasks:
         self.signal = objects.types.struct("signal_struct") or NOTHING_KNOWN
         self.cred = objects.types.struct("cred") or NOTHING_KNOWN
         self.names = KernelThreadNames(objects, self.task)
+        self._fields = {name: self.task.get(*paths) for name, paths in _FIELDS.items()}
+        self._comm = self.task["comm"]
+        self._links = self._links_of_tasks()
+        known = [field for field in (*self._fields.values(), self._comm, *(link for link, _ in self._links)) if field]
+        self._first, self._stop = min(field.offset for field in known), max(field.stop for field in known)
 
     def ring(self, objects: Objects) -> tuple[list[int], bool]:
         """The leaders of all thread groups but the idle task, in the order in which they began; whether none is missed.
@@ -114,15 +126,63 @@ class Tasks:
         found, _ = settled_ring(objects, signal + head.offset, node, TASK_LIMIT, kind="thread list")
         return found or [leader]
 
-    def records(self, objects: Objects, addresses: list[int]) -> list[TaskRecord]:
-        """What the tasks at these addresses say; those whose record cannot be read are counted and left out."""
-        if not addresses:
-            return []
+    def _links_of_tasks(self) -> list[tuple[Field, dict[str, Field]]]:
+        """The pointers that are followed for a record, each with the members of what it leads to."""
+        wanted = {
+            "real_parent": {"ppid": self.task.get("tgid")},
+            "real_cred": {"uid": self.cred.get("uid.val"), "gid": self.cred.get("gid.val")},
+            "signal": {"threads": self.signal.get("nr_threads")},
+        }
+        found = []
+        for name, members in wanted.items():
+            link, known = self.task.get(name), {key: member for key, member in members.items() if member is not None}
+            if link is not None and known:
+                found.append((link, known))
+        return found
+
+    def record(self, objects: Objects, address: int) -> TaskRecord | None:
+        """What one task says; None where its record cannot be read, or is none. That is not counted."""
+        first = self._first
+        try:
+            if self._stop - first > RECORD_LIMIT:
+                raise FaultError(address)
+            data = objects.memory.read(address + first, self._stop - first)
+        except FaultError:  # parts of it may be there
+            found = self.records(objects.silent(), [address], single=False)
+            return found[0] if found else None
+
+        def number(member: Field) -> int:
+            return objects.number_of(data[member.offset - first : member.stop - first], member)
+
+        values = {name: None if member is None else number(member) for name, member in self._fields.items()}
+        for link, members in self._links:
+            pointer = number(link)
+            for name, member in members.items() if objects.is_pointer(pointer) else ():
+                with contextlib.suppress(FaultError):
+                    values[name] = objects.value(pointer, member)
+        comm = data[self._comm.offset - first : self._comm.stop - first].partition(b"\0")[0]
+        return self._record(objects, address, decoded(comm), values)
+
+    def records(self, objects: Objects, addresses: list[int], *, single: bool = True) -> list[TaskRecord]:
+        """What the tasks at these addresses say; those whose record cannot be read are counted and left out.
+
+        A few are read each by itself, if `single`.
+        """
+        if len(addresses) <= SINGLE and single:
+            found = [self.record(objects, address) for address in addresses]
+        else:
+            found = self._columns(objects, addresses)
+        records = [record for record in found if record is not None]
+        if len(records) < len(found):
+            objects.skipped["task"] += len(found) - len(records)
+        return records
+
+    def _columns(self, objects: Objects, addresses: list[int]) -> list[TaskRecord | None]:
+        """The records of many tasks, member by member."""
         column = objects.addresses(addresses)
         values: dict[str, list[Any]] = {}
         good = np.ones(len(column), bool)
-        for name, paths in _FIELDS.items():
-            member = self.task.get(*paths)
+        for name, member in self._fields.items():
             if member is None:
                 values[name] = [None] * len(column)
                 continue
@@ -130,39 +190,41 @@ class Tasks:
             values[name] = found.tolist()
             if name in ("pid", "tgid"):
                 good &= readable
-        comms = objects.texts(column, self.task["comm"])
-        values["ppid"] = self._through(objects, column, "real_parent", self.task["tgid"])
-        for name in ("uid", "gid"):
-            values[name] = self._through(objects, column, "real_cred", self.cred.get(f"{name}.val"))
-        values["threads"] = self._through(objects, column, "signal", self.signal.get("nr_threads"))
-        records = []
-        for row, address in enumerate(addresses):
-            comm = comms[row]
-            if not good[row] or comm is None or not 0 <= values["pid"][row] <= TASK_LIMIT:
-                objects.skipped["task"] += 1
-                continue
-            state, ended, flags = values["state"][row], values["exit_state"][row], values["flags"][row]
-            name = self.names.of(objects, address, comm, flags) if flags and flags & PF_KTHREAD else comm
-            record = TaskRecord(
-                address, values["pid"][row], values["tgid"][row], comm, values["ppid"][row],
-                None if state is None or ended is None else state_letter(state & 0xFFFF_FFFF, ended),
-                values["uid"][row], values["gid"][row], flags, values["mm"][row],
-                values["start"][row], values["threads"][row], name,
-            )  # fmt: skip
-            records.append(record)
-        return records
+        comms = objects.texts(column, self._comm)
+        for link, members in self._links:
+            values |= self._through(objects, column, link, members)
+        found_rows: list[TaskRecord | None] = []
+        for address, comm, fine, *row in zip(addresses, comms, good.tolist(), *values.values(), strict=True):
+            told = None if comm is None or not fine else dict(zip(values, row, strict=True))
+            found_rows.append(None if told is None else self._record(objects, address, comm, told))
+        return found_rows
 
-    def _through(self, objects: Objects, column: Addresses, member: str, target: Field | None) -> list[int | None]:
-        """A member of what a pointer in each task leads to; None where that cannot be read, or is not known."""
-        link = self.task.get(member)
-        if link is None or target is None:
-            return [None] * len(column)
+    def _record(self, objects: Objects, address: int, comm: str, values: Mapping[str, Any]) -> TaskRecord | None:
+        """A record; None where these are no values of one."""
+        pid, state, ended, flags = (values[name] for name in ("pid", "state", "exit_state", "flags"))
+        if not 0 <= pid <= TASK_LIMIT:
+            return None
+        name = self.names.of(objects, address, comm, flags) if flags and flags & PF_KTHREAD else comm
+        return TaskRecord(
+            address, pid, values["tgid"], comm, values.get("ppid"),
+            None if state is None or ended is None else state_letter(state & 0xFFFF_FFFF, ended),
+            values.get("uid"), values.get("gid"), flags, values["mm"],
+            values["start"], values.get("threads"), name,
+        )  # fmt: skip
+
+    def _through(
+        self, objects: Objects, column: Addresses, link: Field, members: Mapping[str, Field]
+    ) -> dict[str, list[int | None]]:
+        """Members of what a pointer in each task leads to; None where that cannot be read."""
         pointers, good = objects.pointers(column, link)
         possible = good & np.array([objects.is_pointer(pointer) for pointer in pointers.tolist()], bool)
-        found, readable = objects.column(np.where(possible, pointers, np.uint64(self.head)), target)
-        return [
-            value if fine else None for value, fine in zip(found.tolist(), (possible & readable).tolist(), strict=True)
-        ]
+        targets = np.where(possible, pointers, np.uint64(self.head))
+        through: dict[str, list[int | None]] = {}
+        for name, member in members.items():
+            found, readable = objects.column(targets, member)
+            fine = (possible & readable).tolist()
+            through[name] = [value if one else None for value, one in zip(found.tolist(), fine, strict=True)]
+        return through
 
     def namespaces(self, objects: Objects, address: int) -> Mapping[str, int] | None:
         """The numbers of a task's namespaces by their names under /proc/PID/ns; a zombie has but two of them left."""

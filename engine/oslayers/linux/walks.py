@@ -57,8 +57,10 @@ def settled_ring(
     anew; then what was met on any walk counts as its members, and the list is counted as broken once.
     """
     met: dict[int, None] = {}
-    for _ in range(WALKS):
-        silent = objects.silent() if not met else objects.fresh().silent()
+    for walk in range(WALKS):
+        if walk:
+            objects.retried[kind] += 1
+        silent = objects.silent() if not walk else objects.fresh().silent()
         found, closed = _walk(silent, head, 0, link, limit)
         if closed:
             return found, True
