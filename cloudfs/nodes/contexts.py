@@ -56,6 +56,11 @@ class Context:
         return memory.may_block or (instance.kind == "oslayer" and instance.live)
 
     @property
+    def at_hand(self) -> bool:
+        """Whether the thing itself was found a moment ago, so that nothing has to be waited for to know it."""
+        return False
+
+    @property
     def reads_block(self) -> bool:
         """Whether asking for a process's address space (maps, arguments, modules) may have to wait.
 
@@ -157,6 +162,13 @@ class ProcessContext(Context):
         A process of this host whose mmap_lock is held for ever takes the threads of its own group alone.
         """
         return self.key if self.reads_block and not self.may_block else self.instance.identity
+
+    @property
+    def at_hand(self) -> bool:
+        """See `Context.at_hand`: never where its memory may have to be waited for, nor of a process of this host."""
+        instance = self.instance
+        memory = None if instance.closed else _base_memory(instance)
+        return memory is not None and not memory.may_block and instance.at_hand(self.pid, self.identity)
 
     def check(self) -> Instance:
         """The instance. Raises ConnectorClosedError where it was removed, or opened anew since."""

@@ -21,6 +21,11 @@ class ProcessDirectory(EntryDirectory[ProcessContext]):
     def __init__(self, process: ProcessContext) -> None:
         super().__init__(process, "process", process_entry)
 
+    @property
+    def may_block(self) -> bool:
+        """See `Node.may_block`."""
+        return self._may_block and not self.context.at_hand
+
     def check(self) -> None:
         """Raise ProcessExitedError where the process has ended."""
         self.context.process()

@@ -97,7 +97,7 @@ class MemoryFile(File):
         self._size = size
         self._writable = writable
         self._immutable = immutable and not writable
-        self._may_block = context.may_block if may_block is None else may_block
+        self._may_block = may_block
 
     @property
     def identity(self) -> Hashable:
@@ -107,7 +107,9 @@ class MemoryFile(File):
     @property
     def may_block(self) -> bool:
         """See `Node.may_block`."""
-        return self._may_block
+        if self._may_block is not None:
+            return self._may_block
+        return self._context.may_block and not self._context.at_hand
 
     @property
     def thread_group(self) -> Hashable:

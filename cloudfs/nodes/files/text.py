@@ -30,6 +30,8 @@ RENDERING_LIFETIME = 1.0
 SIZE_LIFETIME = 0.45
 """Seconds for which it may be handed out by stat: whoever opens while the kernel believes the size gets it."""
 SIZE_TIMEOUT = 0.5
+SOON = 0.05
+"""Seconds before that from which on a rendering is made anew in a thread."""
 IMMUTABLE_TIMEOUT = 300.0
 """Seconds for which the kernel may believe names and attributes over a target that cannot change."""
 
@@ -65,7 +67,7 @@ class TextFile(File):
     @property
     def may_block(self) -> bool:
         """See `Node.may_block`."""
-        return self._may_block
+        return self._may_block and not (self._context.at_hand and self._is_rendered())
 
     @property
     def thread_group(self) -> Hashable:
@@ -81,6 +83,11 @@ class TextFile(File):
     def sized(self) -> bool:
         """Whether stat tells its size."""
         return self._sized
+
+    def _is_rendered(self) -> bool:
+        """Whether the next who asks for the attributes, or opens it, gets what is there already."""
+        found = KEPT.find(self._context.instance, ("text", self._identity)) if self._sized else None
+        return found is not None and found[0] < SIZE_LIFETIME - SOON
 
     def _rendering(self, lifetime: float) -> bytes:
         key = ("text", self._identity)
