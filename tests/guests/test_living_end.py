@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from guests.churning import LASTING, STAMP, churning, stamped
+from guests.churn_readers import SIZE, STAMP, stamped
+from guests.churning import LASTING, churning
 from guests.kernels import MissingError
 from guests.living import Living, wait_until
 from mounting import Mount, mounted
@@ -31,7 +32,7 @@ LIMIT = 30.0
 @pytest.fixture
 def guest() -> Iterator[Living]:
     try:
-        with churning(rate=20) as (living, _):
+        with churning(rate=20, pids=32768) as (living, _):
             yield living
     except MissingError as error:
         require(False, str(error))
@@ -42,7 +43,7 @@ def lasting(processes: Path) -> list[str]:
     found = []
     for name in os.listdir(processes):
         try:
-            if name.isdecimal() and (processes / name / "cmdline").read_bytes() == b"lasting\x000\0":
+            if name.isdecimal() and (processes / name / "cmdline").read_bytes().startswith(b"lasting\x000\0"):
                 found.append(name)
         except OSError:
             continue
@@ -61,7 +62,7 @@ class Reader:
         held = os.open(self.system / "processes" / self.pids[0] / "mem", os.O_RDONLY)
         try:
             while not self.stop.is_set():
-                for step in (lambda: os.pread(held, 32, STAMP), self._walk):
+                for step in (lambda: os.pread(held, SIZE, STAMP), self._walk):
                     began = time.monotonic()
                     try:
                         step()
@@ -138,9 +139,9 @@ def test_a_guest_that_is_paused_is_read_on_and_goes_on_when_it_is_resumed(guest)
                     wait_until(lambda: all(r.reads > n + 3 for r, n in zip(readers, before, strict=True)), 60)
                     for pid in pids:
                         with open(system / "processes" / pid / "mem", "rb", buffering=0) as memory:
-                            found = stamped(os.pread(memory.fileno(), 32, STAMP))
+                            found = stamped(os.pread(memory.fileno(), SIZE, STAMP))
                             assert found is not None
-                            assert found[0] == int(pid)
+                            assert found.pid == int(pid)
                     connector.resume()
                     assert guest.monitor.ask("query-status")["running"] is True
                     newest = max(map(int, shown))
