@@ -39,14 +39,14 @@ def require_abort() -> None:
     require(os.geteuid() == 0 or there, "only root, or the owner by fusectl, may abort a FUSE connection")
 
 
-def as_nobody(code: str, *arguments: str, timeout: float = 20) -> str:
+def as_nobody(code: str, *arguments: str, timeout: float = 20, imports: str = "engine") -> str:
     """What a Python program prints that runs without rights: as root it becomes uid 65534 once all is imported.
 
-    The packages are imported first, since a checkout may lie where nobody may look.
+    The packages, and `imports`, are imported first, since a checkout may lie where nobody may look.
     """
     program = (
         "import os, sys\nimport engine, engine.targets, engine.file_memory, engine.connectors.raw\n"
-        "import engine.oslayers.native.modules\n"
+        f"import engine.oslayers.native.modules, {imports}\n"
         "if os.geteuid() == 0:\n    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n" + textwrap.dedent(code)
     )
     done = subprocess.run(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from guests import recorder
 from guests.catalogue import BTF, GUESTS, selected
 from guests.kernels import GuestError, MissingError, provide
+from guests.living import Living, qemu
 from guests.recording import Recording
 from support import require
+
+from engine.connectors.qemu import QemuConnector
+from engine.oslayer import Base
+from engine.oslayers.native import NativeLayer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,3 +62,33 @@ def recording(request: pytest.FixtureRequest, guest: Callable[[str], Recording])
 def typed(request: pytest.FixtureRequest, guest: Callable[[str], Recording]) -> Recording:
     """Each guest of this run whose kernel carries its types, in turn."""
     return guest(request.param)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Living]]:
+    """Starts QEMUs as `guests.living.qemu` does; they end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*words: str, **more: object) -> Living:
+            try:
+                return stack.enter_context(qemu(*words, **more))  # type: ignore[arg-type]
+            except MissingError as error:
+                require(False, str(error))
+                raise
+
+        yield begin
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., QemuConnector]]:
+    """Opens guests of this host: `opened(living, qmp="no", writable=True)`."""
+    with contextlib.ExitStack() as stack:
+
+        def open_one(target: Living | str, *, writable: bool = False, **options: str) -> QemuConnector:
+            host = NativeLayer.open(Base(live=True, writable=writable), {})
+            name = target.name if isinstance(target, Living) else target
+            found = QemuConnector.open(name, options, parent=host, writable=writable)
+            stack.callback(found.close)
+            return found
+
+        yield open_one

@@ -127,7 +127,8 @@ def qemu(
         words = [
             *ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
             "-accel", "tcg", *(["-machine", machine] if machine else []), "-nodefaults", "-no-user-config",
-            "-display", "none", "-name", f"guest={folder.name},debug-threads=on", *RAM[ram](folder, size),
+            "-display", "none", "-name", f"guest={folder.name},debug-threads=on",
+            *(RAM[ram](folder, size) if ram else []),
             *(word.replace("{folder}", str(folder)) for word in more),
         ]  # fmt: skip
         if monitor == "free":

@@ -37,8 +37,15 @@ class Monitor:
     def __init__(self, path: Path) -> None:
         self._socket = _connected(path)
         self._lines = self._socket.makefile("rb")
-        self._lines.readline()
-        self.ask("qmp_capabilities")
+        try:
+            self._lines.readline()
+            self.ask("qmp_capabilities")
+        except OSError as error:
+            self.close()
+            raise GuestError(f"QEMU ended at {path.name}: {error.strerror}") from None
+        except GuestError:
+            self.close()
+            raise
 
     def ask(self, command: str, **arguments: object) -> Any:
         """The answer to a command; events are passed over."""

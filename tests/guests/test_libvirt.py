@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from commandline import cloudfs
@@ -11,10 +11,6 @@ from guests.domains import domain, libvirt, virsh
 from guests.kernels import MissingError
 from guests.living import boot_words, wait_until
 from support import require
-
-from engine.connectors.qemu import QemuConnector
-from engine.oslayer import Base
-from engine.oslayers.native import NativeLayer
 
 DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>{size}</memory><vcpu>1</vcpu>
 <memoryBacking><source type='{source}'/></memoryBacking>
@@ -29,19 +25,6 @@ SERIAL = "<serial type='file'><source path='{folder}/serial'/></serial>"
 def daemon() -> Iterator[None]:
     with libvirt():
         yield
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[..., QemuConnector]]:
-    found: list[QemuConnector] = []
-
-    def open_one(name: str, **options: str) -> QemuConnector:
-        found.append(QemuConnector.open(name, options, parent=NativeLayer.open(Base(live=True), {}), writable=False))
-        return found[-1]
-
-    yield open_one
-    for connector in found:
-        connector.close()
 
 
 @pytest.mark.parametrize("source", ["anonymous", "file"])

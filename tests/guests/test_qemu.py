@@ -10,16 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from guests.kernels import MissingError
-from guests.living import RAM, Living, qemu, wait_until
+from guests.living import RAM, wait_until
 from guests.monitor import Monitor
-from support import require
 
 from engine.connectors.qemu import QemuConnector
 from engine.errors import (
@@ -36,36 +34,6 @@ from engine.oslayers.native import NativeLayer
 
 MIB = 1 << 20
 Open = Callable[..., QemuConnector]
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Living]]:
-    """Starts QEMUs as `qemu` does; they end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(*words: str, **more: object) -> Living:
-            try:
-                return stack.enter_context(qemu(*words, **more))  # type: ignore[arg-type]
-            except MissingError as error:
-                require(False, str(error))
-                raise
-
-        yield begin
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    """Opens guests of this host: `opened(living, qmp="no", writable=True)`."""
-    with contextlib.ExitStack() as stack:
-
-        def open_one(target: Living | str, *, writable: bool = False, **options: str) -> QemuConnector:
-            host = NativeLayer.open(Base(live=True, writable=writable), {})
-            name = target.name if isinstance(target, Living) else target
-            found = QemuConnector.open(name, options, parent=host, writable=writable)
-            stack.callback(found.close)
-            return found
-
-        yield open_one
 
 
 @pytest.mark.parametrize("qmp", ["yes", "no"])
