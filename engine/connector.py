@@ -80,6 +80,10 @@ class Connector(ABC):
         """What the source knows now of the machine in it."""
         return TargetHints()
 
+    def ask(self) -> TargetHints | None:
+        """`hints` of a live machine asked anew, where that neither stops it nor takes long; None where it cannot be."""
+        return None
+
     @classmethod
     def targets(cls, parent: OsLayer | None) -> Iterator[Target]:
         """What could be opened here, where that can be listed."""

@@ -442,10 +442,10 @@ class Machine:
     def _base(self, spec: chain.Spec, parent: Instance | None) -> Base:
         if parent is None:
             return Base(target=spec.target, writable=self.writable, live=True)
-        hints = parent.connector.hints()
-        lease = parent.lease
-        ask = parent.connector.hints if parent.live else None
-        return Base(parent.memory, hints, spec.target, parent.writable, parent.live or lease is not None, lease, ask)
+        connector, lease = parent.connector, parent.lease
+        live = parent.live or lease is not None
+        again = connector.hints if parent.live else None
+        return Base(parent.memory, connector.hints(), spec.target, parent.writable, live, lease, again, connector.ask)
 
     def _recognise(self, opening: Opening) -> Instance:
         parent, spec = opening.parent, opening.spec

@@ -61,6 +61,8 @@ class Base:
     """Nothing changes for as long as it is held."""
     ask_hints: Callable[[], TargetHints] | None = None
     """What is known of the machine now, where that changes and can be asked for again."""
+    ask: Callable[[], TargetHints | None] = field(default=lambda: None, compare=False)
+    """The same where that neither stops the machine nor takes long, whether it runs among it; None where it would."""
 
     @property
     def may_cache(self) -> bool:

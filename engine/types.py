@@ -159,6 +159,8 @@ class TargetHints:
     kernel_base: int | None = None
     registers: tuple[Mapping[str, int], ...] = field(default=(), hash=False)
     vmcoreinfo: bytes | None = None
+    state: str | None = None
+    """Whether the machine runs, as QMP's RunState has it: running, paused, postmigrate …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +335,8 @@ class ConnectorInfo:
     writable: bool
     notes: tuple[str, ...] = ()
     """Sentences for a person: what was guessed, what is missing."""
+    state: str | None = None
+    """Of a live machine whether it runs, as far as that was told a moment ago: running, paused, ended, postmigrate …"""
     freshness: str | None = None
     """Why it is taken for live or immutable, where that was not plain: a clause for a person."""
 
@@ -359,6 +363,8 @@ class OsInfo:
     """What the kernel was started with."""
     live: bool = False
     writable: bool = False
+    state: str | None = None
+    """Of a live machine whether it runs: running, paused, restarting, ended, postmigrate …; None where nobody knows."""
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Entries left out since they could not be read, by kind."""
     retried: Mapping[str, int] = field(default_factory=dict, hash=False)

@@ -21,6 +21,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.mounts": (),
     "engine.numbers": ("engine.errors",),
     "engine.containers": (),
+    "engine.machine_states": (),
     "engine.padding": ("engine.types", "engine.errors"),
     "engine.memory": ("engine.types", "engine.errors", "engine.padding"),
     "engine.bytes_memory": ("engine.memory",),
@@ -78,6 +79,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.connectors.qemu": ("engine.connectors.qemu.connector",),
     "engine.connectors.qemu.*": (
         "engine.connector", "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*", "engine.formats.*",
+        "engine.machine_states",
     ),
     "engine.oslayers": (),
     "engine.oslayers.raw_dtb": ("engine.oslayer", "engine.translate.*", "engine.numbers"),
@@ -85,6 +87,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.linux.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.layout", "engine.translate.*",
         "engine.numbers", "engine.middleware", "engine.kept_columns", "engine.containers", "engine.file_memory",
+        "engine.machine_states",
         "engine.oslayers.linux.*",
     ),
     "engine.oslayers.native": ("engine.oslayers.native.*",),

@@ -10,6 +10,7 @@ from cloudfs.commands._opening import Opened, opened, process_of, words_of
 from cloudfs.commands._output import Output
 from cloudfs.render import connector_record, info_text, os_record, process_count, process_record
 from engine.errors import AccessDeniedError
+from engine.machine import Instance
 from engine.oslayer import Process
 
 EXAMPLES = """\
@@ -52,13 +53,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _target_record(target: Opened) -> dict[str, Any]:
     """`connector` and `os`, each None where there is none; `problem` says why there is no OS."""
     instance, connector = target.instance, target.connector
+    if connector is not None:
+        connector.connector.ask()  # so that its state is known
     has_os = instance.kind == "oslayer"
+    system = {**os_record(instance.layer.info, process_count(instance)), "live": instance.live} if has_os else None
     return {
         "target": target.name,
-        "connector": None if connector is None else connector_record(connector.connector.info),
-        "os": {**os_record(instance.layer.info, process_count(instance)), "live": instance.live} if has_os else None,
+        "connector": None if connector is None else _connector_record(connector),
+        "os": system,
         "problem": None if has_os else instance.last_error,
     }
+
+
+def _connector_record(connector: Instance) -> dict[str, Any]:
+    """With `metrics` behind the others: what was read for this answer; None where it was opened without metrics=yes."""
+    figures = getattr(connector.memory_view, "figures", None)
+    return {**connector_record(connector.connector.info), "metrics": None if figures is None else figures()}
 
 
 def _process_record(process: Process) -> tuple[dict[str, Any], str | None]:

@@ -101,18 +101,23 @@ class GrowingLog(File):
 
 
 class _OpenLog(OpenFile):
-    """The log from the moment it was opened on: records that came before stay where they are in the file."""
+    """The log from the moment it was opened on: records that came before stay where they are in the file.
 
-    __slots__ = ("_data", "_last", "_system")
+    It is the log of one kernel: where another one runs, opening by name gives that one's, and this one fails.
+    """
+
+    __slots__ = ("_data", "_last", "_source", "_system")
 
     def __init__(self, system: InstanceContext) -> None:
         self._system = system
+        self._source = _log_of(system)
         self._data = bytearray()
         self._last = -1
         self._refresh()
 
     def _refresh(self) -> None:
-        for record in _log_of(self._system).records():
+        self._system.check()
+        for record in self._source.records():
             if record.sequence > self._last:
                 self._last = record.sequence
                 for line in log_lines(record):

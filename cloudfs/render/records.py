@@ -8,7 +8,7 @@ from typing import Any
 from cloudfs.render.values import address_text, plain, time_text
 from engine import middleware
 from engine.connector import Target
-from engine.errors import NotRecognisedError
+from engine.errors import NotRecognisedError, TargetGoneError
 from engine.machine import Instance
 from engine.registry import PluginStatus
 from engine.types import (
@@ -148,6 +148,7 @@ def connector_record(info: ConnectorInfo) -> Record:
         "size": info.size,
         "real_size": info.real_size,
         "live": info.live,
+        "state": info.state,
         "freshness": info.freshness,
         "writable": info.writable,
         "notes": list(info.notes),
@@ -173,16 +174,17 @@ def os_record(info: OsInfo, processes: int | None = None) -> Record:
         "retried": dict(info.retried),
         "listed": dict(info.listed),
         "live": info.live,
+        "state": info.state,
         "writable": info.writable,
         "notes": list(info.notes),
     }
 
 
 def process_count(instance: Instance) -> int | None:
-    """How many processes an OS layer lists; None where they cannot be listed, as of a kernel without types."""
+    """How many processes an OS layer lists; None where they cannot be: of a kernel without types, or that is gone."""
     try:
         return len(instance.pids())
-    except NotRecognisedError:
+    except (NotRecognisedError, TargetGoneError):
         return None
 
 

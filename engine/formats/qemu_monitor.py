@@ -1,4 +1,4 @@
-"""What QEMU's monitor prints: the flat view of its memory, host addresses, registers.
+"""What QEMU's monitor prints: the flat view of its memory, host addresses, registers, whether the machine runs.
 
 `info mtree -f` prints one FlatView per address space; the one of "memory" (root: system) is physical memory:
 
@@ -106,3 +106,15 @@ def registers(text: str) -> list[Mapping[str, int]]:
             values["SATP"] = int(table[1], 16)
         found.append(values)
     return found
+
+
+_STATUS = re.compile(r"(?m)^VM status: (\w+)(?: \(single step mode\))?(?: \(([\w-]+)\))?")
+
+
+def status(text: str) -> str | None:
+    """The run state in the output of `info status`, as QMP names it: running, postmigrate …; None where none is told.
+
+    The monitor prints a state in parentheses that is neither running nor paused (monitor/hmp-cmds.c, hmp_info_status).
+    """
+    found = _STATUS.search(text)
+    return None if found is None else found[2] or found[1]

@@ -68,6 +68,33 @@ class Living:
         self.monitor.ask("pmemsave", val=address, size=size, filename=str(place))
         return place.read_bytes()
 
+    def save(self, place: Path) -> None:
+        """Keep the whole machine as a migration stream; it stands still from then on."""
+        assert self.monitor is not None
+        self.monitor.ask("stop")
+        self.monitor.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 33})
+        self.migrate(f"exec:cat > '{place}'")
+
+    def migrate(self, uri: str) -> None:
+        """Migrate away, and wait until that is done."""
+        assert self.monitor is not None
+        self.monitor.ask("migrate", uri=uri)
+        wait_until(self._has_migrated, 120, "the migrated machine")
+
+    def _has_migrated(self) -> bool:
+        assert self.monitor is not None
+        told = self.monitor.ask("query-migrate").get("status")
+        if told in ("failed", "cancelled"):
+            raise GuestError(f"migration {told}")
+        return bool(told == "completed")
+
+    def go_on(self) -> None:
+        """Run a machine that came in by -incoming, once it is there."""
+        assert self.monitor is not None
+        ask = self.monitor.ask
+        wait_until(lambda: ask("query-status")["status"] != "inmigrate", 120, "the saved machine")
+        ask("cont")
+
     def kill(self) -> None:
         """End it as kill -9 does."""
         self.process.kill()

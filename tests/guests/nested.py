@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from guests.kernels import GuestError, MissingError, cache_root, locked, made_whole, provide
-from guests.living import Living, qemu, wait_until
+from guests.living import Living, qemu
 from guests.monitor import Serial
 from guests.program import FLAGS, Archive
 from guests.recorder import version_of
@@ -183,21 +183,8 @@ def _record(folder: Path, image: Path, busybox: bytes) -> None:
                     said = serial.said("inner", BOOT_LIMIT)
                 except GuestError as error:
                     raise GuestError(f"{error}; its console: {serial.log[-2000:].decode(errors='replace')}") from None
-            assert living.monitor is not None
-            living.monitor.ask("stop")
-            state = folder / "state"
-            living.monitor.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 33})
-            living.monitor.ask("migrate", uri=f"exec:cat > '{state}'")
-            wait_until(lambda: _migrated(living), 120, "the stream of the outer machine")
+            living.save(folder / "state")
             (folder / "said").write_text(" ".join(said))
-
-
-def _migrated(living: Living) -> bool:
-    assert living.monitor is not None
-    told = living.monitor.ask("query-migrate").get("status")
-    if told in ("failed", "cancelled"):
-        raise GuestError(f"the outer machine could not be kept: migration {told}")
-    return bool(told == "completed")
 
 
 @contextlib.contextmanager
@@ -208,9 +195,7 @@ def nested(ram: str = "memfd") -> Iterator[tuple[Living, int, int]]:
     incoming = f"exec:cat '{place}/state'"
     words = _words(provide([KERNEL])[KERNEL].image, place / "initramfs")
     with qemu(ram, size=OUTER_SIZE, more=["-incoming", incoming, *words]) as living:
-        assert living.monitor is not None
-        wait_until(lambda: living.monitor.ask("query-status")["status"] != "inmigrate", 120, "the outer machine")
-        living.monitor.ask("cont")
+        living.go_on()
         yield living, int(pid), int(address, 16)
 
 

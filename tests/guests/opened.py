@@ -11,6 +11,7 @@ from engine.file_memory import FileMemory
 from engine.oslayer import Base
 from engine.oslayers.linux import LinuxLayer
 from engine.overlay import OverlayMemory
+from engine.types import TargetHints
 
 WORD = 8
 
@@ -54,7 +55,13 @@ class Copy:
         """Change some bytes of the kernel, within a page."""
         self.memory.write(self.place(address), data)
 
-    def layer(self, change: Callable[[Copy], None], *, live: bool = False) -> LinuxLayer:
+    def layer(
+        self,
+        change: Callable[[Copy], None],
+        *,
+        live: bool = False,
+        ask: Callable[[], TargetHints | None] = lambda: None,
+    ) -> LinuxLayer:
         """The layer over the copy once it was changed."""
         change(self)
-        return LinuxLayer.open(Base(self.memory, live=live), {})
+        return LinuxLayer.open(Base(self.memory, live=live, ask=ask), {})

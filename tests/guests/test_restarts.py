@@ -19,7 +19,12 @@ from guests.truth import secret_text
 from mounting import mounted
 from support import require
 
-from engine.errors import FaultError, NotRecognisedError, ProcessExitedError
+from engine.errors import FaultError, NotRecognisedError, ProcessExitedError, TargetGoneError
+from engine.oslayer import KernelLog, Symbols
+from engine.oslayers.linux import running
+from engine.oslayers.linux.running import BIOS_TICKS
+from engine.oslayers.linux.searching import are_off, is_inside
+from engine.types import TargetHints
 
 PAGE = 4096
 WHILE_RESTARTING = (errno.ENXIO, errno.ENOENT, errno.ESRCH, errno.EIO, errno.ENODEV)
@@ -52,7 +57,9 @@ def booted(ram: str) -> Iterator[Restarting]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ram", ["private", "memfd"])
-def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram):
+def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram, request):
+    if ram == "memfd" and not request.config.getoption("--all-guests"):
+        pytest.skip("test_truth.py restarts one that has its RAM there: run with --all-guests")
     with booted(ram) as guest:
         old = guest.fetch_truth()
         with mounted("-c", f"qemu:{guest.living.name}", "-o", "linux", limit=240) as mount:
@@ -141,3 +148,67 @@ def _asked_for(ask, seconds: float) -> None:
     while time.monotonic() < deadline:
         ask()
         time.sleep(0.02)
+
+
+# -- what the processors tell ------------------------------------------------------------------------------
+
+
+def test_a_processor_is_known_to_be_in_its_kernel_by_its_registers(copy, recording):
+    found = copy.original.kernel.found
+    inside = is_inside(found, [recording.registers])
+    assert inside is (None if found.machine in ("aarch64", "armv7l") else True)
+    if found.machine == "x86_64":
+        elsewhere = {**recording.registers, "CR3": 0x1000}
+        assert is_inside(found, [elsewhere]) is False
+        assert is_inside(found, [{"CR0": 0x10, "CR3": 0}, recording.registers]) is True, "one has not been started"
+        assert are_off([{"CR0": 0x10, "CR3": 0}])
+        assert not are_off([{"CR0": 0x10, "CR3": 0}, recording.registers])
+
+
+def test_a_machine_that_stands_still_in_its_kernel_is_paused_and_not_searched(copy, recording, monkeypatch):
+    if recording.guest.architecture != "amd64" or recording.guest.kernel == "amd64-5.10":
+        pytest.skip("only processors whose registers tell")
+    monkeypatch.setattr(running, "STILL", 0.2)
+    layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="paused"))
+    told = recording.registers
+    monkeypatch.setattr(layer, "_renew", None)  # a search would fail
+    wait_until(lambda: layer.info.state == "paused", 10)
+    assert any("it is paused" in note for note in layer.info.notes)
+    assert layer.pids() == copy.original.pids()
+
+
+def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_come_back(copy, recording, monkeypatch):
+    if recording.guest.architecture != "amd64" or copy.original.kernel_memory is None:
+        pytest.skip("only processors whose registers tell")
+    monkeypatch.setattr(running, "STILL", 0.2)
+    told = {**recording.registers, "CR0": 0x60000010, "CR3": 0}
+    layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="running"))
+    memory, base = layer.kernel_memory, layer.info.kernel_base
+    assert memory is not None
+    assert base is not None
+    process, first = layer.process(1), memory.read(base, 16)
+    wait_until(lambda: layer.info.state == "restarting", 60)
+    with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):
+        layer.pids()
+    with pytest.raises(ProcessExitedError):
+        process.check()
+    for door in (lambda: memory.read(base, 16), lambda: memory.u64(base), lambda: memory.cached().u64(base),
+                 lambda: memory.write(base, b"x"), lambda: list(layer.capability(Symbols).symbols()),
+                 lambda: list(layer.capability(KernelLog).records())):  # fmt: skip
+        with pytest.raises(TargetGoneError, match="restarted"):
+            door()
+    told.update(recording.registers)  # as where it was in its firmware for a moment alone
+    wait_until(lambda: layer.info.state == "running", 60)
+    assert memory.read(base, 16) == first
+    process.check()
+
+
+def test_a_pc_whose_bios_counts_again_was_reset(copy):
+    if copy.original.kernel.found.machine != "x86_64":
+        pytest.skip("there is no such BIOS on this machine")
+    layer = copy.layer(lambda _: None, live=True)
+    assert layer.pids()
+    place = next(start for start, _, _ in copy._extents) + BIOS_TICKS
+    copy.memory.write(place, (copy.memory.u32(place) + 1).to_bytes(4, "little"))
+    with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):
+        _asked_for(layer.pids, 10)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.monitor import MonitorError, connect
-from engine.errors import EngineError, UnsupportedError
+from engine.errors import EngineError, TargetBusyError, UnsupportedError
 
 VIRSH_LIMIT = 5.0
 """Seconds for one question to libvirt."""
+WHOLE_LIMIT = 8.0
+"""Seconds for all of a guest's own monitors together: nobody is kept waiting for longer, and no monitor held."""
 OUTPUT_MOST = 16 << 20
 Human = Callable[[str], str]
 """Gives what the monitor for people prints on a line."""
@@ -26,12 +30,18 @@ def ask(guest: Guest, act: Callable[[Human, str], T]) -> T:
     """
     reasons: list[str] = []
     if guest.on_host:
+        deadline = time.monotonic() + WHOLE_LIMIT
         for address in guest.line.monitors:
             if address.kind == "elsewhere":
                 continue
             try:
-                with connect(address, guest.pid) as monitor:
+                with connect(address, guest.pid, deadline) as monitor:
                     return act(monitor.human, f"its monitor at {address}")
+            except TargetBusyError as error:
+                if is_stopped(guest):
+                    reasons.append(f"the QEMU of {guest} was stopped by a signal, and its monitors with it")
+                    break
+                reasons.append(str(error))
             except (EngineError, OSError) as error:
                 reasons.append(str(error))
         if guest.line.uuid and any(address.kind == "elsewhere" for address in guest.line.monitors):
@@ -40,6 +50,15 @@ def ask(guest: Guest, act: Callable[[Human, str], T]) -> T:
             except EngineError as error:
                 reasons.append(str(error))
     raise UnsupportedError("; ".join(reasons) or f"{guest} has no monitor that can be asked")
+
+
+def is_stopped(guest: Guest) -> bool:
+    """Whether QEMU itself was stopped by a signal, or by a debugger."""
+    try:
+        told = Path(f"/proc/{guest.pid}/stat").read_bytes() if guest.on_host else b""
+    except OSError:
+        return False
+    return told.rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
 
 
 def _virsh(uuid: str) -> Human:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Literal
 
 from engine.connectors.qemu.emulators import Called, called
@@ -49,7 +49,7 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a monitor (QMP) listens."""
+    """Where a monitor listens."""
 
     kind: Literal["unix", "tcp", "elsewhere"]
     """`elsewhere`: on a descriptor that was handed over, a terminal, or nothing that one can connect to."""
@@ -57,6 +57,10 @@ class Address:
     abstract: bool = False
     host: str = ""
     port: int = 0
+    human: bool = False
+    """Whether it is the monitor for people, no QMP."""
+    waits: bool = field(default=False, compare=False)
+    """Whether QEMU does not start before somebody has connected (wait=on, which is the default)."""
 
     def __str__(self) -> str:
         if self.kind == "tcp":
@@ -293,26 +297,36 @@ def _encryption(machine: Mapping[str, str], objects: Sequence[Mapping[str, str]]
 
 
 def _monitors(given: Mapping[str, Sequence[str]]) -> list[Address]:
+    """Where QMP listens; behind that where the monitor for people can be connected to."""
     devices = {one.get("id", ""): one for one in (pairs(value, "backend") for value in given.get("chardev", []))}
-    found = []
-    for value in given.get("qmp", []):
-        name = value.removeprefix("chardev:") if value.startswith("chardev:") else None
-        found.append(_old_address(value) if name is None else _address(devices.get(name, {})))
+    found = [_option(value, devices) for value in given.get("qmp", [])]
+    human = [_option(value, devices) for value in given.get("monitor", [])]
     for value in given.get("mon", []):
         one = pairs(value, "chardev")
-        if one.get("mode") == "control":
-            found.append(_address(devices.get(one.get("chardev", ""), {})))
-    return found
+        address = _address(devices.get(one.get("chardev", ""), {}))
+        (found if one.get("mode") == "control" else human).append(address)
+    return [*found, *(replace(address, human=True) for address in human if address.kind != "elsewhere")]
+
+
+def _option(value: str, devices: Mapping[str, Mapping[str, str]]) -> Address:
+    """What -qmp and -monitor name: a -chardev, or a place of their own."""
+    if value.startswith("chardev:"):
+        return _address(devices.get(value.removeprefix("chardev:"), {}))
+    return _old_address(value)
+
+
+def _waits(words: Mapping[str, str]) -> bool:
+    return is_on(words.get("wait", "on"))
 
 
 def _address(device: Mapping[str, str]) -> Address:
     """Of a -chardev. One that does not listen (server=off) has its client already."""
     if device.get("backend") == "socket" and is_on(device.get("server")):
         if device.get("path"):
-            return Address("unix", device["path"], is_on(device.get("abstract")))
+            return Address("unix", device["path"], is_on(device.get("abstract")), waits=_waits(device))
         port = device.get("port", "")
         if port.isdecimal() and 0 < int(port[:6]) < 1 << 16:
-            return Address("tcp", host=device.get("host") or "localhost", port=int(port))
+            return Address("tcp", host=device.get("host") or "localhost", port=int(port), waits=_waits(device))
     return Address("elsewhere")
 
 
@@ -322,8 +336,8 @@ def _old_address(text: str) -> Address:
     words = pairs(rest, "address")
     place = words.get("address", "")
     if kind == "unix" and place and is_on(words.get("server")):
-        return Address("unix", place, is_on(words.get("abstract")))
+        return Address("unix", place, is_on(words.get("abstract")), waits=_waits(words))
     host, _, port = place.rpartition(":")
     if kind in ("tcp", "telnet") and is_on(words.get("server")) and port.isdecimal() and 0 < int(port[:6]) < 1 << 16:
-        return Address("tcp", host=host.strip("[]") or "localhost", port=int(port))
+        return Address("tcp", host=host.strip("[]") or "localhost", port=int(port), waits=_waits(words))
     return Address("elsewhere")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from engine.connector import Connector, Target
-from engine.connectors.qemu.asking import ask
+from engine.connectors.qemu.asking import ask, is_stopped
 from engine.connectors.qemu.finding import Guest, find, guests, stranger
 from engine.connectors.qemu.layout_sources import Placed, by_machine, by_monitor, by_options
 from engine.connectors.qemu.mapped import Mapped
@@ -29,9 +29,11 @@ from engine.errors import (
     EngineError,
     InvalidArgumentError,
     NotFoundError,
+    TargetGoneError,
     UnsupportedError,
 )
-from engine.formats.qemu_monitor import registers
+from engine.formats.qemu_monitor import registers, status
+from engine.machine_states import ENDED, SENTENCES, STOPPED
 from engine.memory import Memory
 from engine.memory_map import MapRange, MemoryMap, read_map_file
 from engine.middleware import truth
@@ -45,8 +47,12 @@ TRANSLATED = (
 )
 
 
+LIFETIME, BELIEVED = 1.0, 10.0
+"""Seconds for which a state that was told is not asked for again, and for which it is shown."""
 PATIENCE = 10.0
 """Seconds for which a monitor that did not answer is not asked for registers again: every OS layer wants them."""
+PATIENCE_MOST = 120.0
+"""It is doubled each time, up to so many."""
 
 
 class QemuConnector(Connector):
@@ -67,6 +73,10 @@ class QemuConnector(Connector):
         self._mapped = mapped
         self._live = live
         self._ask_again = 0.0
+        self._patience = PATIENCE
+        self.asks = True
+        """Whether its monitor may be asked for what it knows."""
+        self._told: tuple[float, TargetHints] | None = None
         memory, self._memory_map = mapped.physical(placed.ranges)
         self._memory = RamMemory(memory, presence, mapped.looker(presence))
         self._notes = placed.notes
@@ -113,6 +123,7 @@ class QemuConnector(Connector):
                 placed = by_machine(guest, found, memory_map, view)
             opened = cls(guest, placed, mapped, presence, live=live)
             opened._notes += (reason,) if reason else ()
+            opened.asks = _wants_qmp(options)
             failed.pop_all()
         return opened
 
@@ -143,8 +154,12 @@ class QemuConnector(Connector):
         notes = [*self._notes, *self._mapped.notes]
         if self._memory.writable and self._guest.line.translates:
             notes.append(TRANSLATED)
+        state = self._state()
+        if state is not None and state in SENTENCES:
+            notes.append(SENTENCES[state])
         return ConnectorInfo(
             kind=self.kind,
+            state=state,
             target=str(self._guest),
             size=self._memory.size,
             real_size=self._memory_map.real_size,
@@ -156,21 +171,48 @@ class QemuConnector(Connector):
     def hints(self) -> TargetHints:
         """See `Connector.hints`: registers too, where QEMU's monitor answers now."""
         architecture = self._guest.architecture
-        if time.monotonic() < self._ask_again:
-            return TargetHints(architecture=architecture)
+        if not self.asks or not self._live or time.monotonic() < self._ask_again:
+            return TargetHints(architecture=architecture, state=self._stopped())
         try:
-            found = self._ask("info registers -a")
+            state, found = self._ask("info status", "info registers -a")
         except (EngineError, OSError):
-            self._ask_again = time.monotonic() + PATIENCE
-            return TargetHints(architecture=architecture)
-        return TargetHints(architecture=architecture, registers=tuple(registers(found)))
+            self._ask_again = time.monotonic() + self._patience
+            self._patience = min(2 * self._patience, PATIENCE_MOST)
+            return TargetHints(architecture=architecture, state=self._stopped())
+        self._patience = PATIENCE
+        return TargetHints(architecture=architecture, registers=tuple(registers(found)), state=status(state))
 
-    def _ask(self, line: str) -> str:
+    def ask(self) -> TargetHints | None:
+        """See `Connector.ask`: by QEMU's monitor, at most once in a second."""
+        if not self._live:
+            return None
+        if self._told is None or time.monotonic() > self._told[0]:
+            found = self.hints()
+            self._told = time.monotonic() + LIFETIME, found
+        return self._told[1]
+
+    def _state(self) -> str | None:
+        """What is known of whether it runs without asking a monitor, or walking through another guest."""
+        if not self._live:
+            return None
+        if self._guest.on_host:
+            try:
+                self._memory.presence.check()
+            except TargetGoneError:
+                return ENDED
+        told = self._told
+        return told[1].state if told is not None and time.monotonic() < told[0] + BELIEVED else self._stopped()
+
+    def _stopped(self) -> str | None:
+        """`stopped` where QEMU itself is, which no monitor can tell."""
+        return STOPPED if self._live and is_stopped(self._guest) else None
+
+    def _ask(self, *lines: str) -> list[str]:
         """What the first monitor that answers prints. Raises UnsupportedError that says why none does."""
         if not self._live:
             raise UnsupportedError(f"{self._guest} is part of a dump: nothing in it runs")
         self._memory.presence.check()
-        return ask(self._guest, lambda human, _: human(line))
+        return ask(self._guest, lambda human, _: [human(line) for line in lines])
 
     def pause(self) -> None:
         """See `Connector.pause`: by QEMU's monitor."""

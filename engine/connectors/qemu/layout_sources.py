@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import field
+from itertools import islice
 
 from engine.connectors.qemu.asking import Human, ask
 from engine.connectors.qemu.command_line import Backend
@@ -27,6 +28,8 @@ from engine.records import dataclass
 FIRST_MIB = 1 << 20
 NOT_SHOWN = "memory plugged in beside its RAM is not shown: QEMU's monitor would tell where it is"
 LATER = "memory that is plugged in while it runs is not shown: QEMU's monitor would tell of it"
+THREADS_OF_ALL = 3
+"""A QEMU that has begun has so many: its main loop, that of RCU, and its processors'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,26 @@ class Placed:
 
 
 def by_monitor(guest: Guest, found: Sequence[Run]) -> Placed:
-    """What QEMU itself tells. Raises UnsupportedError with the reasons where it cannot be asked."""
+    """What QEMU itself tells. Raises UnsupportedError with the reasons where it cannot be asked.
+
+    Raises UnusableTargetError where it waits with its start until somebody connects: whoever started it is to do that.
+    """
+    waiting = next((address for address in guest.line.monitors if address.waits), None)
+    if waiting is not None and _has_not_begun(guest, found):
+        raise UnusableTargetError(
+            f"{guest} has no memory yet: its QEMU waits with its start until somebody connects to {waiting} (wait=on)"
+        )
     return ask(guest, lambda human, source: _asked(guest.line.others, human, found, source))
+
+
+def _has_not_begun(guest: Guest, found: Sequence[Run]) -> bool:
+    """Whether QEMU has neither RAM nor processors: it makes its character devices first, and waits there (vl.c)."""
+    if next(assignments(expected(guest.line), found), None) is not None:
+        return False
+    try:
+        return len(list(islice(guest.process.threads(), THREADS_OF_ALL))) < THREADS_OF_ALL
+    except EngineError:
+        return False
 
 
 def _asked(others: Collection[str], human: Human, found: Sequence[Run], source: str) -> Placed:

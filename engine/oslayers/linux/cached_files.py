@@ -248,12 +248,19 @@ class CachedFile(Memory):
         return self.pages.may_block
 
     def readinto(self, address: int, buffer: memoryview) -> None:
-        """See `Memory.readinto`. Raises PagedOutError for what went to swap."""
+        """See `Memory.readinto`. Raises PagedOutError for what went to swap, TargetGoneError after a restart."""
         size = self.size
         count = max(0, min(len(buffer), size - address)) if address >= 0 else 0
-        self.pages.readinto(address, buffer[:count])
+        try:
+            self.pages.readinto(address, buffer[:count])
+        finally:
+            self.pages.kernel.check()
         if count < len(buffer):
             raise FaultError(address + count, detail="the file ends before it")
+
+    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
+        """See `Memory.readinto_nowait`."""
+        return not self.pages.kernel.is_check_due() and super().readinto_nowait(address, buffer)
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
         """See `Memory.extents`."""

@@ -110,6 +110,7 @@ class Timekeeper:
                     return found
             except (FaultError, NotFoundError):  # members may be lost with damaged pages of the types
                 return None
+            self.kernel.retried["clock"] += 1
         return None
 
     def _count(self, objects: Objects) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 
-from engine.errors import FaultError, NotFoundError, TargetGoneError
+from engine.errors import FaultError, NotFoundError, NotRecognisedError, TargetGoneError
 from engine.layout import TypeSource
 from engine.oslayer import Base
 from engine.oslayers.linux.finding import Found
@@ -48,7 +48,11 @@ class Kernel:
     """Whether it runs no more: the machine was started anew, and what its memory holds is another kernel's."""
     look: Callable[[], None] = lambda: None
     """Asks, not too often, whether it still runs; `replaced` says then. May take a while."""
+    look_now: Callable[[], None] = lambda: None
+    """The same at once."""
     is_look_due: Callable[[], bool] = lambda: False
+    marks: Sequence[tuple[int, int]] = ()
+    """(physical address, word): where one of these has changed, another kernel has taken its memory."""
     _leased: VirtualMemory | None = None
     _swap: list[SwapEntries | None] = field(default_factory=list)
     _local: _Local = field(default_factory=_Local)
@@ -89,13 +93,42 @@ class Kernel:
         layout = None if self.profile.types is None else self.profile.types.struct(name)
         return layout is not None and member in layout
 
+    def is_check_due(self) -> bool:
+        """Whether `check` may take long now."""
+        return self.is_look_due() or not self.is_marked()
+
+    def check(self) -> None:
+        """Raise TargetGoneError where another kernel runs by now, or none: what was read before was this one's."""
+        if not self.live:
+            return
+        try:
+            self.look()
+            if not self.replaced and not self.is_marked():
+                self.look_now()
+        except NotRecognisedError as error:
+            raise TargetGoneError(str(error)) from None
+        if self.replaced:
+            raise TargetGoneError(self._gone)
+
+    def is_marked(self) -> bool:
+        """Whether memory still holds what this boot has drawn for itself, as far as a glance tells."""
+        physical = self.found.physical
+        try:
+            return all(physical.u64(place) == word for place, word in self.marks)
+        except FaultError:
+            return False
+
+    @property
+    def _gone(self) -> str:
+        return f"the Linux {self.found.release} that ran here has ended: the machine was restarted"
+
     def objects(self) -> Objects:
         """A reader for one operation; over live memory nothing that it reads outlives it.
 
         Raises TargetGoneError where another kernel runs by now.
         """
         if self.replaced:
-            raise TargetGoneError(f"the Linux {self.found.release} that ran here has ended: the machine was restarted")
+            raise TargetGoneError(self._gone)
         own = self._local.skipped
         skipped = self.skipped if own is None else own
         return Objects(self._view(), self.types, self.found.candidate.kernel_start, skipped, self.retried)

@@ -19,6 +19,7 @@ from engine.errors import (
     TargetGoneError,
 )
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
+from engine.machine_states import ENDED, RESTARTING, SENTENCES
 from engine.memory import Memory
 from engine.memory_map import MappedMemory
 from engine.middleware import truth
@@ -44,6 +45,7 @@ from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.guided import guided_texts
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.kernel_space import kernel_space
 from engine.oslayers.linux.listing import NUMBERS, Listed, PidNumbers, find_process, list_processes, pid_numbers
 from engine.oslayers.linux.log import PrintkLog
 from engine.oslayers.linux.modules import kernel_modules
@@ -51,7 +53,7 @@ from engine.oslayers.linux.process import LinuxProcess
 from engine.oslayers.linux.profile import Profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layout_note, layouts
 from engine.oslayers.linux.resources import system_ram
-from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, latest
+from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, latest, marks_of
 from engine.oslayers.linux.searching import Recognised, Remembered, find_kernel, runs
 from engine.oslayers.linux.shape import shapes_of
 from engine.oslayers.linux.sockets import LinuxSockets
@@ -103,7 +105,7 @@ class LinuxLayer(OsLayer):
         self._watch: Watch | None = None
         self._use(kernel)
         if isinstance(kernel, Kernel) and base.live:
-            running = Running(kernel, self.system.clock)
+            running = Running(kernel, self.system.clock, base.ask)
             self._watch = Watch(running, self._renew)
             self._watched(kernel)
 
@@ -132,7 +134,8 @@ class LinuxLayer(OsLayer):
         """Let those who read without listing look after the kernel, too."""
         watch = self._watch
         if watch is not None:
-            kernel.look, kernel.is_look_due = watch.look_seldom, lambda: watch.is_due
+            kernel.look, kernel.look_now = watch.look_seldom, watch.look
+            kernel.is_look_due, kernel.marks = (lambda: watch.is_due), marks_of(kernel)
 
     def _renew(self, gone: bool) -> Running | None:
         """Recognise the kernel anew, and take it where it is another one: for `Watch`.
@@ -142,10 +145,13 @@ class LinuxLayer(OsLayer):
         old, memory = self.kernel, self._base.memory
         assert memory is not None
         options = {key: value for key, value in self._options.items() if key not in ("dtb", "kaslr")}
+        hints = self._base.ask()
+        if hints is None and self._base.ask_hints is not None:
+            hints = self._base.ask_hints()
+        registers = () if hints is None else hints.registers
         self._missing_since = self._missing_since or time.monotonic()
         patient = time.monotonic() - self._missing_since < START_PATIENCE
         try:
-            registers = self._base.ask_hints().registers if self._base.ask_hints is not None else ()
             told = patient and not old.found.unaided
             kernel = _understood(self._base, memory, options, told=told, registers=registers)
             if isinstance(kernel, Recognised):
@@ -168,7 +174,13 @@ class LinuxLayer(OsLayer):
         self._boots += 1
         kernel.boot = self._boots
         self._watched(kernel)
-        return Running(kernel, self.system.clock)
+        return Running(kernel, self.system.clock, self._base.ask)
+
+    def _look(self) -> None:
+        """Look after the kernel, where it may be restarted; what it comes to is said by whatever is read next."""
+        if self._watch is not None:
+            with contextlib.suppress(EngineError):
+                self._watch.look_seldom()
 
     @property
     def kernel(self) -> Kernel:
@@ -204,11 +216,17 @@ class LinuxLayer(OsLayer):
         """See `OsLayer.info`."""
         if isinstance(self._kernel, Recognised):
             return self._recognised(self._kernel)
-        if self._watch is not None:
-            try:
-                self._watch.look_seldom()
-            except NotRecognisedError as error:
-                return OsInfo(self.kind, live=True, writable=self._base.writable, notes=(str(error),))
+        if self._watch is None:
+            return self._told()
+        try:
+            self._watch.look_seldom()
+            return self._told()
+        except NotRecognisedError as error:
+            return self._nothing(RESTARTING, str(error))
+        except TargetGoneError as error:
+            return self._nothing(RESTARTING if self.kernel.replaced else ENDED, str(error))
+
+    def _told(self) -> OsInfo:
         found, clock = self.kernel.found, self.system.clock()
         return OsInfo(
             self.kind,
@@ -224,11 +242,16 @@ class LinuxLayer(OsLayer):
             command_line=self.system.command_line(),
             live=self._base.live,
             writable=self._base.writable,
+            state=None if self._watch is None else self._watch.state,
             skipped=dict(self.kernel.skipped),
             retried=dict(self.kernel.retried),
             listed=dict(self.kernel.listed),
             notes=(*self._layout(found), *self._restarts(), *self.kernel.profile.notes),
         )
+
+    def _nothing(self, state: str, note: str) -> OsInfo:
+        """What is to be said where there is no kernel."""
+        return OsInfo(self.kind, live=True, writable=self._base.writable, state=state, notes=(note,))
 
     def _layout(self, found: Found) -> Iterator[str]:
         if self._base.memory is not None and (note := layout_note(self._base.memory, found.physical)) is not None:
@@ -238,8 +261,15 @@ class LinuxLayer(OsLayer):
         if self._boots:
             times = "once" if self._boots == 1 else f"{self._boots} times"
             yield f"the machine was restarted since it was opened, {times}: its kernel was recognised anew"
-        if self._watch is not None and (stands := self._watch.stands) > STANDS:
+        if self._watch is None:
+            return
+        stands, state = self._watch.stands, self._watch.state
+        if state is not None and state in SENTENCES:
+            yield f"the machine does not run: {SENTENCES[state]}"
+        elif stands > STANDS and state is None:
             yield f"its clock stands for {stands:.0f} s: it is paused, or being restarted"
+        elif stands > STANDS:
+            yield f"its clock stands for {stands:.0f} s, though a processor is in its kernel: it idles, or hangs"
 
     def _recognised(self, found: Recognised) -> OsInfo:
         text = found.vmcoreinfo
@@ -257,8 +287,9 @@ class LinuxLayer(OsLayer):
 
     @property
     def kernel_memory(self) -> Memory | None:
-        """See `OsLayer.kernel_memory`."""
-        return None if isinstance(self._kernel, Recognised) else self.kernel.found.memory
+        """See `OsLayer.kernel_memory`: of a live machine it ends with the kernel, and raises TargetGoneError then."""
+        self._look()
+        return None if isinstance(self._kernel, Recognised) else kernel_space(self.kernel)
 
     @property
     def tells_modules(self) -> bool:
@@ -267,7 +298,12 @@ class LinuxLayer(OsLayer):
         return types is not None and (not types.whole or types.struct("module") is not None)
 
     def modules(self) -> Iterator[Module]:
-        """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell."""
+        """See `OsLayer.modules`: those in /proc/modules, the youngest first; none where the kernel does not tell.
+
+        Raises NotRecognisedError while there is no kernel.
+        """
+        if self._watch is not None:
+            self._watch.look_seldom()
         try:
             yield from kernel_modules(self.kernel)
         except NotFoundError:
@@ -278,9 +314,10 @@ class LinuxLayer(OsLayer):
         found: object = None
         if isinstance(self._kernel, Recognised):
             return super().capability(kind)
+        self._look()
         if issubclass(KernelLog, kind):
             try:
-                found = PrintkLog(self.kernel.found.memory, self.kernel.found.vmcoreinfo, self.kernel.profile.word)
+                found = PrintkLog(kernel_space(self.kernel), self.kernel.found.vmcoreinfo, self.kernel.profile.word)
             except NotFoundError:
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:

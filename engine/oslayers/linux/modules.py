@@ -16,6 +16,7 @@ from engine.layout import StructLayout
 from engine.memory import Memory
 from engine.oslayer import Module
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.kernel_space import kernel_space
 from engine.oslayers.linux.objects import Objects, decoded
 from engine.oslayers.linux.walks import ring
 from engine.records import dataclass
@@ -68,7 +69,7 @@ class KernelModule(Module):
     def memory(self) -> Memory | None:
         """See `Module.memory`."""
         info = self.info
-        return None if not info.base or not info.size else self.kernel.found.memory.window(info.base, info.size)
+        return None if not info.base or not info.size else kernel_space(self.kernel).window(info.base, info.size)
 
     def _build_id(self) -> str | None:
         member = self.kernel.types.require("module").get("build_id")

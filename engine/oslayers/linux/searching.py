@@ -117,6 +117,20 @@ def runs(found: Found, registers: Sequence[Mapping[str, int]]) -> bool:
     return False
 
 
+def are_off(registers: Sequence[Mapping[str, int]]) -> bool:
+    """Whether no processor of an x86 translates addresses (CR0.PG): then none is in any kernel of 64 bits."""
+    told = [value for one in registers for name, value in one.items() if name.lower() == "cr0"]
+    return bool(told) and not any(value >> 31 & 1 for value in told)
+
+
+def is_inside(found: Found, registers: Sequence[Mapping[str, int]]) -> bool | None:
+    """`runs`; None where these registers cannot tell: of ARM those are not printed that hold the kernel's half."""
+    told = {name.lower() for one in registers for name in one}
+    if found.machine in ("x86_64", "i686"):
+        return runs(found, registers) if {"cr0", "cr3"} <= told else None
+    return runs(found, registers) if told & {"satp", "ttbr1_el1"} else None
+
+
 def slides(found: Found) -> list[int]:
     """How far KASLR may have moved a kernel: one answer where it says so itself, else one for each place of linking."""
     told = found.vmcoreinfo.kernel_offset

@@ -20,7 +20,8 @@ class LinuxSymbols(Symbols):
         self.kallsyms = kernel.profile.kallsyms
 
     def symbols(self) -> Iterator[SymbolInfo]:
-        """See `Symbols.symbols`."""
+        """See `Symbols.symbols`. Raises TargetGoneError where another kernel runs."""
+        self.kernel.check()
         for symbol in self.kallsyms:
             yield SymbolInfo(symbol.name, symbol.kind, symbol.address)
         try:

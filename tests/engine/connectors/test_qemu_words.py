@@ -94,10 +94,6 @@ def test_monitors_are_found_where_they_listen(words, address):
     assert line(*words).monitors == (address,)
 
 
-def test_a_monitor_for_people_is_none_for_us():
-    assert line("-chardev", "socket,id=a,path=/p,server=on", "-mon", "a,mode=readline").monitors == ()
-
-
 @pytest.mark.parametrize(
     ("words", "what"),
     [
