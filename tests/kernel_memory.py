@@ -116,7 +116,8 @@ class Ground:
 def kernel_over(ground: Ground, physical: bytes, frames: int, *, live: bool = False):
     """What stands for a Kernel: one whose array of page structures begins at `frames`."""
     return SimpleNamespace(
-        objects=lambda: ground.objects, live=live, types=TYPES, skipped=ground.skipped,
+        objects=lambda: ground.objects, live=live, types=TYPES, skipped=ground.skipped, check=lambda: None,
+        is_check_due=lambda: False,
         found=SimpleNamespace(
             physical=BytesMemory(physical),
             vmcoreinfo=SimpleNamespace(symbol=lambda name: frames if name == "vmemmap" else None),
