@@ -5,6 +5,9 @@ Over copies of recorded guests that are taken for live, in which words are chang
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from guests.opened import Copy
 from tree import at
@@ -208,3 +211,22 @@ def test_what_was_listed_a_moment_ago_is_asked_without_a_thread(typed):
         machine.default_os.forget()
         assert keeper.may_block
         assert memory.may_block
+
+
+def test_what_was_read_of_a_process_does_not_wait_for_the_garbage_collector(layer, copy):
+    """Which looks seldom at what lived for a second: where thousands come and go that would grow for minutes."""
+
+    def read() -> list[weakref.ref[object]]:
+        keeper = layer.process(copy.keeper).again()
+        region = next(region for region in keeper.regions() if region.rights)
+        assert keeper.memory.read(region.start, 16)
+        files = keeper.capability(ProcFiles)
+        assert all(files.read(name) for name in ("stat", "status", "cmdline", "limits"))
+        assert keeper.info.pid == copy.keeper
+        return [weakref.ref(one) for one in (keeper, keeper.memory, files)]
+
+    gc.disable()
+    try:
+        assert [one() for one in read()] == [None, None, None]
+    finally:
+        gc.enable()

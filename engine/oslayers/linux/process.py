@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 from engine.bytes_memory import BytesMemory
 from engine.containers import container_among, main_path
 from engine.elf_modules import NARROW
-from engine.errors import EngineError, FaultError, NotFoundError, NotRecognisedError, ProcessExitedError
-from engine.layout import Field
+from engine.errors import EngineError, FaultError, NotFoundError, ProcessExitedError
 from engine.memory import Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
 from engine.oslayers.linux.cgroups import cgroups_of, paths_of
@@ -23,6 +22,7 @@ from engine.oslayers.linux.paths import Paths
 from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
 from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
+from engine.oslayers.linux.standing import Standing
 from engine.oslayers.linux.tasks import DEAD, TaskRecord, Tasks
 from engine.oslayers.linux.user_space import mapped_regions
 from engine.oslayers.linux.vmas import regions_of
@@ -48,7 +48,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         self._record = record
         self._sources = sources
         self._memory: tuple[int | None, Memory] | None = None
-        self._places: tuple[int, int | None, int | None] | None = None
+        self._standing = Standing(kernel, tasks, record)
 
     @property
     def pid(self) -> int:
@@ -70,7 +70,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def again(self) -> LinuxProcess:
         """See `Process.again`: with its memory, which is what it is wanted for mostly."""
         other = LinuxProcess(self.kernel, self.tasks, self.record, self._sources)
-        other._places = self._places
+        other._standing = self._standing
         other._memory_of(other._record)
         return other
 
@@ -89,10 +89,10 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
                 try:
                     told = tell(record)
                 except EngineError:
-                    if self._has_mm_of(record) or not left:
+                    if self._standing.has_mm_of(record) or not left:
                         raise
                     continue
-                settled = self._has_mm_of(record) and not skipped
+                settled = self._standing.has_mm_of(record) and not skipped
             if settled or not left:
                 kernel.leave_out(skipped)
                 return told
@@ -109,52 +109,9 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         return self.record.name
 
     def check(self) -> None:
-        """See `Process.check`: its PID, start and mm stand where they stood.
-
-        A task leaves its mm before the page tables are given back, and its record still says so when it is free. The
-        record lies in a slab, which the kernel never moves: where, is asked once.
-        """
+        """See `Process.check`: its PID, start and mm stand where they stood."""
         if self.kernel.live:
-            self._check(self._record)
-
-    def _check(self, record: TaskRecord) -> None:
-        """Raise ProcessExitedError where it is no more what that record of it says, or another kernel runs."""
-        try:
-            self.kernel.look()
-        except NotRecognisedError:
-            raise ProcessExitedError(self.pid) from None
-        if self.kernel.replaced or not self._has_mm_of(record):
-            raise ProcessExitedError(self.pid)
-
-    def _has_mm_of(self, record: TaskRecord) -> bool:
-        """Whether its mm is still that of a record of it. Raises ProcessExitedError where it has ended."""
-        memory = self.kernel.found.physical
-        try:
-            places = self._places
-            if places is None:
-                places = self._places = self._found_places()
-            pid, start, mm = places
-            if memory.u32(pid) != record.pid or (start is not None and memory.u64(start) != record.start_ns):
-                raise ProcessExitedError(self.pid)
-            if mm is None:
-                return True
-            return (memory.u64(mm) if self.kernel.profile.word == 8 else memory.u32(mm)) == record.mm
-        except FaultError:
-            raise ProcessExitedError(self.pid) from None
-
-    def _found_places(self) -> tuple[int, int | None, int | None]:
-        """Physical addresses of its PID, its start, its mm; None where that is not known. Raises FaultError."""
-        task, record, space = self.tasks.task, self._record, self.kernel.found.memory
-
-        def place(member: Field) -> int:
-            return space.virt_to_phys(record.address + member.offset)
-
-        start = task.get("start_boottime", "real_start_time") if record.start_ns is not None else None
-        return (
-            place(task["pid"]),
-            None if start is None else place(start),
-            None if record.mm is None else place(task["mm"]),
-        )
+            self._standing.check(self._record)
 
     @property
     def info(self) -> ProcessInfo:
@@ -301,7 +258,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         pgd = self._pgd(record)
         if pgd is None or not record.mm:
             return NOTHING
-        check = partial(self._check, record) if self.kernel.base.live else None
+        check = partial(self._standing.check, record) if self.kernel.base.live else None
         try:
             return process_space(self.kernel, record.mm, pgd, check)
         except FaultError:

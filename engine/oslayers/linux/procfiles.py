@@ -72,21 +72,6 @@ class LinuxProcFiles(ProcFiles):
         self.tasks = tasks
         self._subject = subject
         self._thread = thread
-        self._made: dict[str, Callable[[Objects, TaskRecord], bytes]] = {
-            "auxv": lambda objects, record: auxiliary_vector(objects, record.mm),
-            "cgroup": self._cgroup,
-            "comm": lambda _, record: encoded(record.name) + b"\n",
-            "gid_map": lambda objects, record: self._id_map(objects, record, "gid_map"),
-            "io": self._io,
-            "limits": self._limits,
-            "mountinfo": lambda objects, record: self._mounts(objects, record, Mount.mountinfo_line),
-            "mounts": lambda objects, record: self._mounts(objects, record, Mount.mounts_line),
-            "oom_score_adj": self._kill_score,
-            "stat": self._stat,
-            "statm": self._statm,
-            "status": self._status,
-            "uid_map": lambda objects, record: self._id_map(objects, record, "uid_map"),
-        }
 
     def names(self) -> tuple[str, ...]:
         """See `ProcFiles.names`."""
@@ -122,14 +107,14 @@ class LinuxProcFiles(ProcFiles):
             if data is None:
                 raise NotFoundError(f"the {name} of {self._name} lies in memory that cannot be read")
             return data
-        made = self._made.get(name)
+        made = _MADE.get(name)
         is_descriptor = name.startswith("fdinfo/") and name[7:].isdigit()
         if made is None and not is_descriptor:
             raise NotFoundError(f"a process read from memory has no file {name}")
         try:
             if made is None:
                 return self._steady(lambda record: self._descriptor(record, int(name[7:])))
-            return self._steady(lambda record: made(self.kernel.objects(), record))
+            return self._steady(lambda record: made(self, self.kernel.objects(), record))
         except FaultError:
             raise NotFoundError(f"the {name} of {self._name} lies in memory that cannot be read") from None
 
@@ -270,6 +255,23 @@ class LinuxProcFiles(ProcFiles):
         mount_id = objects.value(mount - descriptors.paths.in_mount, objects.struct("mount")["mnt_id"])
         inode = descriptors.paths.device_and_number(one.inode)[1] if one.inode else 0
         return f"pos:\t{one.position or 0}\nflags:\t0{flags:o}\nmnt_id:\t{mount_id}\nino:\t{inode}\n".encode()
+
+
+_MADE: dict[str, Callable[[LinuxProcFiles, Objects, TaskRecord], bytes]] = {
+    "auxv": lambda _, objects, record: auxiliary_vector(objects, record.mm),
+    "cgroup": LinuxProcFiles._cgroup,
+    "comm": lambda _, __, record: encoded(record.name) + b"\n",
+    "gid_map": lambda files, objects, record: files._id_map(objects, record, "gid_map"),
+    "io": LinuxProcFiles._io,
+    "limits": LinuxProcFiles._limits,
+    "mountinfo": lambda files, objects, record: files._mounts(objects, record, Mount.mountinfo_line),
+    "mounts": lambda files, objects, record: files._mounts(objects, record, Mount.mounts_line),
+    "oom_score_adj": LinuxProcFiles._kill_score,
+    "stat": LinuxProcFiles._stat,
+    "statm": LinuxProcFiles._statm,
+    "status": LinuxProcFiles._status,
+    "uid_map": lambda files, objects, record: files._id_map(objects, record, "uid_map"),
+}
 
 
 def auxiliary_vector(objects: Objects, mm: int | None) -> bytes:
