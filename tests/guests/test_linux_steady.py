@@ -5,6 +5,7 @@ Over copies of recorded guests that are taken for live, in which words are chang
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -223,6 +224,9 @@ def test_what_was_read_of_a_process_does_not_wait_for_the_garbage_collector(laye
         files = keeper.capability(ProcFiles)
         assert all(files.read(name) for name in ("stat", "status", "cmdline", "limits"))
         assert keeper.info.pid == copy.keeper
+        for address in (16, 0xFFFF_8000_0000_0000):
+            with contextlib.suppress(FaultError):
+                keeper.memory.read(address, 16)
         return [weakref.ref(one) for one in (keeper, keeper.memory, files)]
 
     gc.disable()

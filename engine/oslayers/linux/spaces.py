@@ -143,14 +143,15 @@ class ProcessSpace(VirtualMemory):
         """See `Memory.readinto`. Raises PagedOutError, with where it is, for a page in swap."""
         try:
             super().readinto(address, buffer)
+            return
         except FaultError as error:
             if error.kind not in (FaultKind.ABSENT, FaultKind.PAGED_OUT):
                 raise
             done = max(0, error.address - address)
-            self._read_on(address + done, buffer[done:], error)
+        self._read_on(address + done, buffer[done:])
 
-    def _read_on(self, address: int, buffer: memoryview, error: FaultError) -> None:
-        """Read from a page on that is not mapped; `error` is what told so."""
+    def _read_on(self, address: int, buffer: memoryview) -> None:
+        """Read from a page on that is not mapped."""
         mappings, stop, bits = self.mappings(), address + len(buffer), self._step.bit_length() - 1
         at = address
         while at < stop:
@@ -167,7 +168,7 @@ class ProcessSpace(VirtualMemory):
                 elif kinds[row] == FaultKind.ABSENT:
                     self._read_unmapped(mappings, at, part)
                 else:
-                    raise self._explained(at, error)
+                    raise self._explained(at)
                 at = limit
 
     def _read_unmapped(self, mappings: Mappings, address: int, buffer: memoryview) -> None:
@@ -192,15 +193,16 @@ class ProcessSpace(VirtualMemory):
                     raise error.moved(at - offset) from None
             at = limit
 
-    def _explained(self, address: int, error: FaultError) -> FaultError:
+    def _explained(self, address: int) -> FaultError:
         """The fault at an address that no mapping can help with: of a page in swap, where it is there."""
+        found = FaultError(address)
         try:
             self.walk(address)
-        except FaultError as found:
-            error = found
+        except FaultError as error:
+            found = error.moved(0)  # one without a past: that would hold this frame, which holds it
         format_of = self.kernel.swap_entries
-        if error.kind is not FaultKind.PAGED_OUT or format_of is None:
-            return error
+        if found.kind is not FaultKind.PAGED_OUT or format_of is None:
+            return found
         entry = [entry for _, _, entry, _ in self.path(address)][-1]
         number, offset = format_of.parts(entry)
         if format_of.special.get(number) == "device":
