@@ -20,9 +20,6 @@ from engine.types import ExportInfo, ImportInfo, ModuleInfo, SectionInfo
 
 AT_PHDR = 3
 """Auxiliary vector: address of the executable's program headers (getauxval(3))."""
-NARROW = {"x86_64": "i386", "aarch64": "arm", "riscv64": "riscv32", "ppc64": "ppc", "ppc64le": "ppcle",
-          "s390x": "s390", "mips64": "mips", "loongarch64": "loongarch32"}
-"""Machine → what its 32-bit programs are written for."""
 _DELETED = " (deleted)"
 _HEADER_SIZE = 52
 """Bytes that tell whether file and memory are the same image: the ELF header, of 64-bit ones most of it."""

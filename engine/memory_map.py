@@ -7,7 +7,6 @@ The file format is TOML, repeated tables `[[range]]` with the integers `base` (a
 from __future__ import annotations
 
 import bisect
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -72,6 +71,8 @@ class MemoryMap:
     @classmethod
     def from_toml(cls, text: str, name: str = "memory map") -> MemoryMap:
         """Read the file format. Raises InvalidArgumentError that names `name` and what is wrong."""
+        import tomllib
+
         try:
             document = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits

@@ -7,7 +7,6 @@ itself alone, and `statuses` says why.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import os
@@ -133,6 +132,8 @@ def _unknown(kind: Kind, name: str) -> str:
     if any(plugin.name == name for plugin in plugins(other_kind)):
         return f"is {other}, no {word}"
     names = [plugin.name for plugin in plugins(kind)]
+    import difflib
+
     close = difflib.get_close_matches(name, names, 1)
     meant = f"; did you mean {close[0]!r}?" if close else ""
     return f"no such {word}; installed are {', '.join(names)}{meant}"

@@ -163,6 +163,11 @@ class TargetHints:
     """Whether the machine runs, as QMP's RunState has it: running, paused, postmigrate …"""
 
 
+NARROW = {"x86_64": "i386", "aarch64": "arm", "riscv64": "riscv32", "ppc64": "ppc", "ppc64le": "ppcle",
+          "s390x": "s390", "mips64": "mips", "loongarch64": "loongarch32"}
+"""Machine → what its 32-bit programs are written for."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
     """One process as its OS layer knows it; None is «not known», never a made-up value."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from pathlib import Path
@@ -21,6 +20,8 @@ def load_command(name: str) -> Any:
     """The module of a command. Raises UsageError where there is none."""
     names = command_names()
     if name not in names:
+        import difflib
+
         close = difflib.get_close_matches(name, names, 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
         raise UsageError(f"there is no command {name!r}{meant}; the commands are {', '.join(names)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -33,6 +32,8 @@ class Output:
     @property
     def width(self) -> int:
         """Columns of the terminal."""
+        import shutil
+
         return max(20, shutil.get_terminal_size().columns)
 
     def text(self, text: str) -> None:

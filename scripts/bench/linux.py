@@ -315,7 +315,8 @@ def _agreeing(image: Path, peers: Sequence[tuple[Side, Path]], folder: Path) -> 
 OPENING = {
     "find_vmcoreinfo": "look for VMCOREINFO in every page",
     "find_kernel": "find the kernel's page tables and image",
-    "read_profile": "types and symbols",
+    "begin_profile": "symbols",
+    "finish_profile": "types, where they were not kept with the symbols",
     "with_true_layout": "layout of RAM",
 }
 """What `LinuxLayer.open` calls, and what that is."""

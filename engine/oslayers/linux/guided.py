@@ -26,7 +26,6 @@ from engine.formats.vmcoreinfo import Vmcoreinfo, vmcoreinfo_at
 from engine.memory import Addresses, Faults, Memory, Rows
 from engine.oslayers.linux.architectures import SPLITS, TOP, Candidate, image_region
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found
-from engine.oslayers.linux.unaided import unaided
 from engine.records import dataclass
 from engine.translate.mmu import Root
 from engine.translate.modes import roots_of
@@ -85,6 +84,8 @@ def guided_kernels(
     memory: Memory, architecture: str | None, registers: Sequence[Mapping[str, int]], *, keep: bool
 ) -> Iterator[Found]:
     """The kernels that prove themselves without VMCOREINFO, looked for in such images alone."""
+    from engine.oslayers.linux.unaided import unaided  # not before it is needed
+
     for image in _images_of_all(memory, architecture, registers):
         first = image.runs[0].physical
         front = Extent(max(0, first - IN_FRONT), min(first, IN_FRONT))

@@ -10,6 +10,7 @@ from dataclasses import field
 
 from engine.errors import FaultError, NotFoundError, NotRecognisedError, TargetGoneError
 from engine.layout import TypeSource
+from engine.memory import Memory
 from engine.oslayer import Base
 from engine.oslayers.linux.finding import Found
 from engine.oslayers.linux.objects import Objects
@@ -18,7 +19,6 @@ from engine.oslayers.linux.swap import SwapAreas, SwapEntries, absent_hook, entr
 from engine.oslayers.linux.user_space import UserSpace
 from engine.records import dataclass
 from engine.translate.mmu import Root
-from engine.translate.virtual import VirtualMemory
 
 
 class _Local(threading.local):
@@ -53,7 +53,7 @@ class Kernel:
     is_look_due: Callable[[], bool] = lambda: False
     marks: Sequence[tuple[int, int]] = ()
     """(physical address, word): where one of these has changed, another kernel has taken its memory."""
-    _leased: VirtualMemory | None = None
+    _kept: Objects | None = None
     _swap: list[SwapEntries | None] = field(default_factory=list)
     _local: _Local = field(default_factory=_Local)
 
@@ -123,15 +123,23 @@ class Kernel:
         return f"the Linux {self.found.release} that ran here has ended: the machine was restarted"
 
     def objects(self) -> Objects:
-        """A reader for one operation; over live memory nothing that it reads outlives it.
+        """A reader for one operation; over live memory nothing that it reads outlives it. Else one for all operations.
 
         Raises TargetGoneError where another kernel runs by now.
         """
         if self.replaced:
             raise TargetGoneError(self._gone)
-        own = self._local.skipped
-        skipped = self.skipped if own is None else own
-        return Objects(self._view(), self.types, self.found.candidate.kernel_start, skipped, self.retried)
+        memory, own = self.found.memory, self._local.skipped
+        if self.live:
+            self._kept = None
+            return self._reader(memory.cached(), own)
+        kept = self._kept or self._reader(memory if memory.keep else memory.cached(), None)
+        self._kept = kept
+        return kept if own is None else self._reader(kept.memory, own)
+
+    def _reader(self, view: Memory, skipped: Counter[str] | None) -> Objects:
+        told = self.skipped if skipped is None else skipped
+        return Objects(view, self.types, self.found.candidate.kernel_start, told, self.retried)
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Counter[str]]:
@@ -147,18 +155,6 @@ class Kernel:
         """Count what was counted apart, and is to be told."""
         own = self._local.skipped
         (self.skipped if own is None else own).update(skipped)
-
-    def _view(self) -> VirtualMemory:
-        """The kernel's memory for one operation; while a lease tells that nothing changes, the same one for all."""
-        memory = self.found.memory
-        if memory.keep:
-            return memory
-        if self.live:
-            self._leased = None
-            return memory.cached()
-        view = self._leased or memory.cached()
-        self._leased = view
-        return view
 
     def space_of(self, pgd: int) -> UserSpace:
         """The user half of the address space whose top table lies at the kernel's address `pgd`.

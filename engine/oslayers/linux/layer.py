@@ -1,4 +1,7 @@
-"""The OS layer `linux`: a Linux kernel in physical memory, understood by what it carries of itself."""
+"""The OS layer `linux`: a Linux kernel in physical memory, understood by what it carries of itself.
+
+What a listing of processes does not need is imported by the functions that need it: that is half of the layer.
+"""
 
 from __future__ import annotations
 
@@ -38,33 +41,25 @@ from engine.oslayer import (
     Symbols,
     SystemFiles,
 )
-from engine.oslayers.linux.cgroups import LinuxContainers
-from engine.oslayers.linux.concatenated import ram_by_content
-from engine.oslayers.linux.configuration import LinuxConfig
 from engine.oslayers.linux.description import with_description
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.guided import guided_texts
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.kernel_space import kernel_space
 from engine.oslayers.linux.listing import NUMBERS, Listed, PidNumbers, find_process, list_processes, pid_numbers
-from engine.oslayers.linux.log import PrintkLog
-from engine.oslayers.linux.modules import kernel_modules
 from engine.oslayers.linux.process import LinuxProcess
-from engine.oslayers.linux.profile import Profile, read_profile
+from engine.oslayers.linux.profile import Profile, begin_profile, finish_profile, read_profile
 from engine.oslayers.linux.ram import by_resources, layout_note, layouts
 from engine.oslayers.linux.resources import system_ram
 from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, latest, marks_of
 from engine.oslayers.linux.searching import Recognised, Remembered, find_kernel, runs
-from engine.oslayers.linux.shape import shapes_of
-from engine.oslayers.linux.sockets import LinuxSockets
-from engine.oslayers.linux.symbols import LinuxSymbols
-from engine.oslayers.linux.sysfiles import LinuxSystemFiles
 from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
 from engine.types import OsInfo
 
 if TYPE_CHECKING:
+    from engine.oslayers.linux.configuration import LinuxConfig
     from engine.oslayers.linux.given import Given
 
 _NEEDED: dict[type, tuple[str, ...]] = {
@@ -302,6 +297,8 @@ class LinuxLayer(OsLayer):
 
         Raises NotRecognisedError while there is no kernel.
         """
+        from engine.oslayers.linux.modules import kernel_modules
+
         if self._watch is not None:
             self._watch.look_seldom()
         try:
@@ -316,11 +313,15 @@ class LinuxLayer(OsLayer):
             return super().capability(kind)
         self._look()
         if issubclass(KernelLog, kind):
+            from engine.oslayers.linux.log import PrintkLog
+
             try:
                 found = PrintkLog(kernel_space(self.kernel), self.kernel.found.vmcoreinfo, self.kernel.profile.word)
             except NotFoundError:
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
+            from engine.oslayers.linux.symbols import LinuxSymbols
+
             found = LinuxSymbols(self.kernel)
         elif issubclass(KernelConfig, kind):
             found = self._configuration()
@@ -338,9 +339,15 @@ class LinuxLayer(OsLayer):
             return [one.record for one in self._list().values()]
 
         if issubclass(Sockets, kind):
+            from engine.oslayers.linux.sockets import LinuxSockets
+
             return LinuxSockets(self.kernel, self.tasks, records)
         if issubclass(Containers, kind):
+            from engine.oslayers.linux.cgroups import LinuxContainers
+
             return LinuxContainers(self.kernel, self.tasks, records)
+        from engine.oslayers.linux.sysfiles import LinuxSystemFiles
+
         return LinuxSystemFiles(self.kernel, self.system, self.tasks, self._thread_count)
 
     def _thread_count(self) -> int:
@@ -349,6 +356,8 @@ class LinuxLayer(OsLayer):
     def _configuration(self) -> LinuxConfig | None:
         """None where this kernel carries none; looked for once."""
         if self._config is None:
+            from engine.oslayers.linux.configuration import LinuxConfig
+
             self._config = LinuxConfig(self.kernel)
         return self._config if self._config.is_there else None
 
@@ -449,12 +458,15 @@ def _understood(
     if base.live and dtb is None and slide is None and not runs(found, registers):
         proved = described(memory, texts, keep=False)
         found = latest(found, proved, lambda one: Kernel(one, read_profile(one, cache=cache), base))
-    profile = read_profile(found, cache=cache, given=given)
+    profile = begin_profile(found, cache=cache, given=given)
     truly = with_true_layout(memory, profile)
     if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
-        profile = read_profile(truly, cache=cache, given=given)
+        profile = begin_profile(truly, cache=cache, given=given)
+    profile = finish_profile(profile, cache=cache)
     profile.found = with_description(profile)
     if profile.types is None:
+        from engine.oslayers.linux.shape import shapes_of
+
         profile.types = shapes_of(profile)
     return Kernel(profile.found, profile, base)
 
@@ -469,7 +481,7 @@ def _texts(base: Base, memory: Memory, registers: Sequence[Mapping[str, int]]) -
 def _given(path: str | None) -> Given | None:
     if not path:
         return None
-    from engine.oslayers.linux.given import read_given  # with what unpacks files 10 ms to import, and rarely needed
+    from engine.oslayers.linux.given import read_given
 
     return read_given(path)
 
@@ -504,6 +516,8 @@ def with_true_layout(image: Memory, profile: Profile) -> Found:
                 return _moved(found, right)
         except (FaultError, EngineError):
             continue
+    from engine.oslayers.linux.concatenated import ram_by_content
+
     for ram in ram_by_content(image, found.memory, root, profile.word):
         ranges = by_resources(image, ram)
         if ranges is not None:

@@ -7,9 +7,9 @@ it could be one, a string is cut at its limit, what cannot be read is a fault th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from engine.memory import Addresses, Memory, as_addresses
 from engine.records import dataclass
 
 Column = npt.NDArray[Any]
+T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 
 
@@ -38,6 +39,15 @@ class Objects:
     """What was left out, by kind: told in `info`."""
     retried: Counter[str] = field(default_factory=Counter)
     """What was read again since it had changed meanwhile, by kind: told there too."""
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What `find` gives, which is asked once for each key: for few things that many others have in common."""
+        try:
+            found: T = self._known[key]
+        except KeyError:
+            found = self._known[key] = find()
+        return found
 
     def fresh(self) -> Objects:
         """The same with a view of memory of its own, for one operation."""

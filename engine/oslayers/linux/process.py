@@ -1,4 +1,7 @@
-"""A process of a Linux kernel that is read from memory."""
+"""A process of a Linux kernel that is read from memory.
+
+What its record does not need is imported by the functions that need it.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,19 @@ from typing import Any, TypeVar
 
 from engine.bytes_memory import BytesMemory
 from engine.containers import container_among, main_path
-from engine.elf_modules import NARROW
 from engine.errors import EngineError, FaultError, NotFoundError, ProcessExitedError
 from engine.memory import Memory
 from engine.oslayer import C, CachedFiles, Module, OpenFiles, PhysicalMaps, Process, ProcFiles, ThreadRegisters
+from engine.oslayers.linux.auxiliary import is_narrow
 from engine.oslayers.linux.cgroups import cgroups_of, paths_of
-from engine.oslayers.linux.contents import Contents
-from engine.oslayers.linux.files import Descriptors
-from engine.oslayers.linux.images import process_images
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
-from engine.oslayers.linux.procfiles import LinuxProcFiles, is_narrow
-from engine.oslayers.linux.registers import Frames
 from engine.oslayers.linux.spaces import process_space
 from engine.oslayers.linux.standing import Standing
 from engine.oslayers.linux.tasks import DEAD, TaskRecord, Tasks
-from engine.oslayers.linux.user_space import mapped_regions
-from engine.oslayers.linux.vmas import regions_of
 from engine.translate.virtual import VirtualMemory
-from engine.types import CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
+from engine.types import NARROW, CachedFileInfo, OpenFileInfo, PhysicalMap, ProcessInfo, Region, ThreadInfo
 
 T = TypeVar("T")
 LOOKS = 3
@@ -156,6 +152,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         if issubclass(ThreadRegisters, kind) and not self.kernel.knows("pt_regs"):
             return None
         if issubclass(ProcFiles, kind):
+            from engine.oslayers.linux.procfiles import LinuxProcFiles
+
             files = LinuxProcFiles(self.kernel, self.tasks, self)
             return files if isinstance(files, kind) else None
         return super().capability(kind)
@@ -271,6 +269,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def _regions(self, record: TaskRecord) -> list[Region]:
         if not record.mm:
             return []
+        from engine.oslayers.linux.vmas import regions_of
+
         try:
             return list(regions_of(self.kernel, record.mm))
         except NotFoundError:
@@ -278,6 +278,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def _by_page_tables(self, record: TaskRecord) -> Iterator[Region]:
         """What can be told of mappings where nothing is known of VMAs."""
+        from engine.oslayers.linux.user_space import mapped_regions
+
         objects, memory = self.kernel.objects(), self._memory_of(record)
         if not isinstance(memory, VirtualMemory) or record.mm is None:
             return iter(())
@@ -300,10 +302,14 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def modules(self) -> Iterator[Module]:
         """See `Process.modules`."""
+        from engine.oslayers.linux.images import process_images
+
         return process_images(self)
 
     def open_files(self) -> Iterator[OpenFileInfo]:
         """See `OpenFiles.open_files`."""
+        from engine.oslayers.linux.files import Descriptors
+
         try:
             reader = Descriptors(self.kernel, self.tasks)
         except NotFoundError:
@@ -316,6 +322,8 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def cached_files(self) -> Iterator[CachedFileInfo]:
         """See `CachedFiles.cached_files`."""
+        from engine.oslayers.linux.contents import Contents
+
         try:
             return iter(self.steady(lambda record: list(Contents(self.kernel, self.tasks, record).infos())))
         except ProcessExitedError:
@@ -325,10 +333,14 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def cached_file(self, name: str) -> Memory:
         """See `CachedFiles.cached_file`."""
+        from engine.oslayers.linux.contents import Contents
+
         return Contents(self.kernel, self.tasks, self.record).file(name)
 
     def registers(self, tid: int) -> Mapping[str, int]:
         """See `ThreadRegisters.registers`."""
+        from engine.oslayers.linux.registers import Frames
+
         frames = Frames(self.kernel, self.tasks)
 
         def read(record: TaskRecord) -> Mapping[str, int]:

@@ -39,6 +39,8 @@ class Profile:
     """Sentences for a person: what is missing, and why."""
     given: SymbolTable | None = None
     """What a file tells that a person has given."""
+    whole: bool = False
+    """Whether all is there; else its types are still to be read."""
     _known: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -92,7 +94,24 @@ def read_profile(found: Found, *, cache: bool = False, given: Given | None = Non
     With `cache` it is taken from the user's cache folder where this very kernel was read before, and kept there.
     What was `given` goes before what the kernel tells; raises UnusableTargetError where it is another kernel's.
     """
-    profile = _own_profile(found, cache)
+    return finish_profile(begin_profile(found, cache=cache, given=given), cache=cache)
+
+
+def begin_profile(found: Found, *, cache: bool = False, given: Given | None = None) -> Profile:
+    """The symbols of a kernel, and its types where they were kept: `finish_profile` reads what is missing.
+
+    See `read_profile`. In a wrong layout of RAM some of the types may lie elsewhere: whoever is not sure of it asks the
+    symbols first.
+    """
+    image = found.memory.window(found.image.start, found.image.size)
+    profile = Profile(found, None, None)
+    parts = recall(found, image, profile.word) if cache else None
+    if parts is not None:
+        profile.kallsyms, profile.exports, profile.types = parts.symbols, parts.exports, parts.types
+        profile.notes += parts.notes
+        profile.whole = parts.whole
+    else:
+        _read_symbols(profile, image)
     if given is not None:
         from engine.oslayers.linux.given import fitted  # imported already, by whoever has read it
 
@@ -103,25 +122,29 @@ def read_profile(found: Found, *, cache: bool = False, given: Given | None = Non
     return profile
 
 
-def _own_profile(found: Found, cache: bool) -> Profile:
-    image = found.memory.window(found.image.start, found.image.size)
-    profile = Profile(found, None, None)
-    parts = recall(found, image, profile.word) if cache else None
-    if parts is not None:
-        profile.kallsyms, profile.exports, profile.types = parts.symbols, parts.exports, parts.types
-        profile.notes += parts.notes
+def finish_profile(profile: Profile, *, cache: bool = False) -> Profile:
+    """The profile with its types; with `cache` it is kept."""
+    if profile.whole:
         return profile
-    place = _read(profile, image)
+    found = profile.found
+    image = found.memory.window(found.image.start, found.image.size)
+    place: Candidate | None = None
+    types: Btf | None = None
+    try:
+        types, place = _types(profile, image)
+        if place.lost:
+            profile.notes.append(f"{place.lost} types are lost with damaged pages: what needs them is not shown")
+    except EngineError as error:
+        profile.notes.append(f"no types: {error}")
     if cache and (place is None or not place.damaged):
         extent = None if place is None else Extent(place.address, place.header.size)
-        btf = profile.types if isinstance(profile.types, Btf) else None
         symbols = profile.kallsyms if isinstance(profile.kallsyms, Kallsyms) else None
-        keep(found, image, Parts(symbols, profile.exports, btf, extent, profile.notes))
+        keep(found, image, Parts(symbols, profile.exports, types, extent, profile.notes))
+    profile.types, profile.whole = profile.types or types, True
     return profile
 
 
-def _read(profile: Profile, image: Memory) -> Candidate | None:
-    """Read what the kernel carries, and give the place of its types in the image."""
+def _read_symbols(profile: Profile, image: Memory) -> None:
     found = profile.found
     try:
         profile.kallsyms = load_kallsyms(image, found.image.start, references=found.vmcoreinfo.symbols)
@@ -132,14 +155,6 @@ def _read(profile: Profile, image: Memory) -> Candidate | None:
             profile.exports = load_ksymtab(image, found.image.start, word_size=profile.word)
         except EngineError as error:
             profile.notes.append(f"no exported symbols: {error}")
-    try:
-        profile.types, place = _types(profile, image)
-        if place.lost:
-            profile.notes.append(f"{place.lost} types are lost with damaged pages: what needs them is not shown")
-    except EngineError as error:
-        profile.notes.append(f"no types: {error}")
-        return None
-    return place
 
 
 def _types(profile: Profile, image: Memory) -> tuple[Btf, Candidate]:

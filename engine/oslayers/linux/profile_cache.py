@@ -49,6 +49,8 @@ class Parts:
     types_place: Extent | None = None
     """Where the types lie in the image."""
     notes: list[str] = field(default_factory=list)
+    whole: bool = True
+    """Of what was kept: whether none of it is missing."""
 
 
 def built_without_types(symbols: Kallsyms) -> bool:
@@ -57,7 +59,11 @@ def built_without_types(symbols: Kallsyms) -> bool:
 
 
 def recall(found: Found, image: Memory, word: int) -> Parts | None:
-    """The parts kept of a kernel that has the same bytes as this one; None where there are none."""
+    """The parts kept of a kernel that has the same bytes as this one; None where there are none.
+
+    Without types, and not `whole`, where the symbols are the same and the bytes of the types are not.
+    """
+    partial: Parts | None = None
     for count, entry in enumerate(_STORE.entries(_prefix(found))):
         if count == TRIED_LIMIT:
             break
@@ -65,9 +71,10 @@ def recall(found: Found, image: Memory, word: int) -> Parts | None:
             parts = _restored(entry, found, image, word)
         except (BadDataError, FaultError, KeyError, TypeError, ValueError, IndexError):
             continue
-        if parts is not None:
+        if parts is not None and parts.whole:
             return parts
-    return None
+        partial = partial or parts
+    return partial
 
 
 def keep(found: Found, image: Memory, parts: Parts) -> bool:
@@ -131,11 +138,13 @@ def _restored(entry: Entry, found: Found, image: Memory, word: int) -> Parts | N
     for name, part in facts["parts"].items():
         pieces[name] = [_piece(image, *extent) for extent in part["extents"]]
         if _digest(pieces[name]) != part["digest"]:
-            return None
+            if name != "types" or "symbols" not in pieces:
+                return None
+            del pieces[name]
     columns = entry.columns()
     if columns is None:
         return None
-    parts = Parts(notes=[str(note) for note in facts["notes"]])
+    parts = Parts(notes=[str(note) for note in facts["notes"]], whole=pieces.keys() == facts["parts"].keys())
     base = found.image.start
     for name, part in facts["parts"].items():
         own = {column.partition(".")[2]: values for column, values in columns.items() if column.startswith(f"{name}.")}
@@ -143,7 +152,7 @@ def _restored(entry: Entry, found: Found, image: Memory, word: int) -> Parts | N
             parts.symbols = kallsyms.from_kept(image, base, part["facts"], own)
         elif name == "exports":
             parts.exports = ksymtab.from_kept(image, base, word, part["facts"], own)
-        elif name == "types":
+        elif name == "types" and name in pieces:
             parts.types = _types(pieces[name][0], int(part["facts"]["pointer_size"]), own["starts"])
     if parts.symbols is not None:
         given = found.vmcoreinfo.symbols

@@ -12,11 +12,8 @@ from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Memory
 from engine.oslayers.linux.architectures import LINKED_AT, family
-from engine.oslayers.linux.claims import leads
-from engine.oslayers.linux.concatenated import concatenated
 from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.guided import guided_kernels, kernel_spaces
-from engine.oslayers.linux.unaided import unaided
 from engine.records import dataclass
 
 ALIGNMENT = 2 << 20
@@ -101,7 +98,13 @@ def _kernels(
     """The kernels that prove themselves, by each way to find them, the cheapest first; `near`: by registers."""
     yield described(memory, texts, keep=keep, dtb=dtb)
     yield near
+
+    from engine.oslayers.linux.concatenated import concatenated  # not before one is needed: so are those below
+
     yield concatenated(memory, keep=keep, dtb=dtb)
+
+    from engine.oslayers.linux.unaided import unaided
+
     yield unaided(memory, keep=keep, dtb=dtb)
 
 
@@ -144,6 +147,8 @@ def slides(found: Found) -> list[int]:
 
 def recognised(memory: Memory, texts: Iterable[Vmcoreinfo]) -> Recognised | None:
     """A kernel of another architecture that its names and its banner, or its names and VMCOREINFO, both tell."""
+    from engine.oslayers.linux.claims import leads
+
     described_by = {text.release: text for text in texts}
     for lead in leads(memory):
         machines = {claim.machine for claim in lead.names if claim.machine and family(claim.machine) is None}
@@ -157,6 +162,8 @@ def recognised(memory: Memory, texts: Iterable[Vmcoreinfo]) -> Recognised | None
 
 
 def _why_not(memory: Memory, texts: Iterable[Vmcoreinfo]) -> str:
+    from engine.oslayers.linux.claims import leads
+
     told = list(dict.fromkeys(f"VMCOREINFO of Linux {text.release or 'of an unknown release'}" for text in texts))
     told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in leads(memory)]
     if not told:

@@ -231,11 +231,8 @@ class Tasks:
         found: dict[str, int] = {}
         try:
             proxy = objects.pointer(address + self.task["nsproxy"].offset)
-            layout = objects.struct("nsproxy")
-            for name in NAMESPACES if proxy else ():
-                member = layout.get(f"{name}_ns")
-                if member is not None:
-                    found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")
+            if proxy:
+                self._read_proxy(objects, proxy, found)
             cred = objects.pointer(address + self.task["real_cred"].offset)
             user = objects.pointer(cred + self.cred["user_ns"].offset)
             found["user"] = self._namespace(objects, user, "user_namespace")
@@ -246,7 +243,19 @@ class Tasks:
             return found or None
         return found
 
+    def _read_proxy(self, objects: Objects, proxy: int, found: dict[str, int]) -> None:
+        """The namespaces that all have in common who have this one, up to the first that cannot be read."""
+        layout = objects.struct("nsproxy")
+        for name in NAMESPACES:
+            member = layout.get(f"{name}_ns")
+            if member is not None:
+                found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")
+
     def _namespace(self, objects: Objects, address: int, name: str) -> int:
+        return objects.once((name, address), lambda: self._number_of(objects, address, name))
+
+    @staticmethod
+    def _number_of(objects: Objects, address: int, name: str) -> int:
         layout = objects.types.struct(name, name.replace("_namespace", ""))
         if layout is None:
             raise NotFoundError(name)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.containers import cgroup_paths, container_among, main_path
-from engine.elf_modules import NARROW
 from engine.errors import ProcessExitedError
 from engine.oslayer import C, HostOwned, Module, Process, ProcFiles
 from engine.oslayers.native.files import NativeFiles
@@ -26,7 +25,7 @@ from engine.oslayers.native.procfs import (
     read_start,
 )
 from engine.oslayers.native.regions import parse_regions
-from engine.types import ProcessInfo, Region, ThreadInfo
+from engine.types import NARROW, ProcessInfo, Region, ThreadInfo
 
 TICKS = os.sysconf("SC_CLK_TCK")
 _DELETED = " (deleted)"
