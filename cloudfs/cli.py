@@ -53,8 +53,8 @@ that a word is a file or a process. Numbers may be written 4096, 0x1000, 4K, 2M.
 
 options of every command: --json  -v, -vv  --log-file FILE  --no-color  --version  -h, --help
 
-exit codes: 0 done, 1 the target failed or was not recognised, 2 wrong usage, 3 no such process, module or
-address space, 4 done but part of it could not be read (standard error says what), 130 interrupted
+exit codes: 0 done, 1 the target is not there, failed or was not recognised, 2 wrong usage, 3 no such process,
+module or address space in it, 4 done but part of it could not be read (standard error says what), 130 interrupted
 
 examples:
   cloudfs ps                              the processes of this machine

@@ -460,7 +460,7 @@ class Machine:
             except (NotRecognisedError, PluginError) as error:
                 reasons.append(f"{plugin.name}: {error}")
         tried = "; ".join(reasons) or "no OS layer for memory is installed"
-        raise NotRecognisedError(f"no OS was recognised in {parent.name} ({tried})")
+        raise NotRecognisedError(f"no OS was recognised in {parent.spec} ({tried})")
 
     def remove(self, kind: Kind, name: str) -> None:
         """Close an instance. Raises TargetBusyError naming what stands on it, or where it is being opened."""

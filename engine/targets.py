@@ -57,7 +57,8 @@ def _head(path: str) -> bytes:
         with open(path, "rb", opener=_open_regular) as file:
             return file.read(HEAD_SIZE)
     except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path!r}, and no plugin of that name") from None
+        or_plugin = "" if "/" in path else ", and no plugin of that name"
+        raise NotFoundError(f"there is no file {path!r}{or_plugin}") from None
 
 
 def _check_packed(path: str, outer: Format | None, found: Format, connector: str) -> None:
@@ -152,7 +153,7 @@ def _recognised(machine: Machine, spec: chain.Spec, parent: Instance, patience: 
         thread.start()
         thread.join(patience)
     if not found:
-        parent.last_error = f"an OS was looked for in {parent.name} for {patience:g} s so far: it is shown once found"
+        parent.last_error = f"an OS was looked for in {parent.spec} for {patience:g} s so far: it is shown once found"
         return parent
     if isinstance(found[0], NotRecognisedError):
         return parent

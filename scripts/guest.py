@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -54,6 +55,8 @@ def record(names: list[str]) -> int:
 
 def run(name: str) -> int:
     """Boot a guest and join this terminal with its shell."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # what was begun is ended on the way
     with started(GUESTS[name]) as running:
         running.start()
         running.fetch_truth()

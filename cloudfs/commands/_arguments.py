@@ -23,7 +23,7 @@ class Exit(enum.IntEnum):
 
     DONE = 0
     FAILED = 1
-    """The target failed or was not recognised."""
+    """The target is not there, failed or was not recognised."""
     USAGE = 2
     ABSENT = 3
     """No such process, module or address space."""

@@ -33,6 +33,8 @@ class Space:
     name: str
     memory: Memory
     mapped: Mapped | None = None
+    ends: bool = False
+    """Whether it has an end, as a file: who asks for more gets what there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _file(target: Opened, process: Process, name: str) -> Space:
     if source is None:
         raise AbsentError(f"{target.name} does not show what its memory holds of files")
     try:
-        return Space(f"file {name} of process {pid} of {target.name}", source.cached_file(name))
+        return Space(f"file {name} of process {pid} of {target.name}", source.cached_file(name), ends=True)
     except NotFoundError as error:
         listed = " ".join(info.name for info in source.cached_files()) or "none"
         raise AbsentError(f"{error}; there are: {listed}") from None
@@ -153,9 +155,14 @@ class _Candidates:
 
 
 def pieces(space: Space, start: int, size: int) -> Iterator[Data | Hole]:
-    """What [start, start + size) holds, ascending, without a break: data in pieces of at most CHUNK, and holes."""
+    """What [start, start + size) holds, ascending, without a break: data in pieces of at most CHUNK, and holes.
+
+    Of a space that `ends` no more than it has, unless all lies behind its end: that is a hole.
+    """
     memory, candidates = space.memory, _Candidates(space)
     wanted = start + size
+    if space.ends and start < memory.size:
+        wanted = min(wanted, memory.size)
     stop = max(start, min(wanted, memory.size))
     scratch = memoryview(bytearray(min(CHUNK, stop - start)))
     at, hole, probes = start, None, 0

@@ -1,4 +1,7 @@
-"""Lists what a process, or every process, of a target has open."""
+"""Lists what a process, or every process, of a target has open.
+
+FLAGS are those that open(2) took, in octal.
+"""
 
 from __future__ import annotations
 

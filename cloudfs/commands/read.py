@@ -1,8 +1,9 @@
 """Prints memory: as `hexdump -C` does on a terminal, raw bytes into a pipe.
 
 SPACE is a PID, a process's name where only one has it, `kernel` or `physical`, or `PID/files/N`: the file behind a
-descriptor, as far as the page cache of a captured machine holds it. What cannot be read is said on standard error
-(exit code 4): hexdump lines leave it out, raw bytes have zeros for it where bytes follow, so that offsets stay true.
+descriptor, up to its end, as far as the page cache of a captured machine holds it. What cannot be read is said on
+standard error (exit code 4): hexdump lines leave it out, raw bytes have zeros for it where bytes follow, so that
+offsets stay true.
 """
 
 from __future__ import annotations

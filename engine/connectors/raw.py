@@ -29,6 +29,8 @@ from engine.numbers import parse_number
 from engine.oslayer import Options, OsLayer
 from engine.types import ADDRESS_SPACE, ConnectorInfo
 
+PAGE = 4096
+"""The smallest page of all architectures: a machine has whole ones."""
 _FILE_LIMIT = 1 << 63
 """No file has more bytes: off_t is signed."""
 
@@ -106,6 +108,8 @@ class RawConnector(Connector):
         short = max((r.real_base + r.length for r in memory_map.ranges), default=0) - self._source.memory.size
         if short > 0:
             notes.append(f"the file is {short} bytes shorter than its memory map says; what is missing faults")
+        if self._memory_map is None and (odd := self._source.memory.size % PAGE):
+            notes.append(f"it ends {odd} bytes into a page of {PAGE}: it may be cut short, or no image of memory")
         return ConnectorInfo(
             kind=self.kind,
             target=self._source.path,

@@ -94,3 +94,13 @@ def test_a_few_seconds_of_the_fuzzer_find_nothing(guest):
     command = [sys.executable, str(PROGRAM), "4", "--guest", "amd64-6.1-4level"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_image_that_was_cut_short_is_said_to_be(guest):
+    image = FileMemory(str(guest("amd64-6.1-4level").image), immutable=True)
+    whole = LinuxLayer.open(Base(image), {})
+    assert whole.info.notes == ()
+    layer = LinuxLayer.open(Base(image.window(0, image.size - (1 << 20))), {"cache": "no"})
+    assert layer.pids() == whole.pids()
+    (note,) = layer.info.notes
+    assert note.endswith(f"this memory ends at {image.size - (1 << 20):#x}: it may be cut short")

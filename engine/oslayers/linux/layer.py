@@ -56,7 +56,7 @@ from engine.oslayers.linux.searching import Recognised, Remembered, find_kernel,
 from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
-from engine.types import OsInfo
+from engine.types import Extent, OsInfo
 
 if TYPE_CHECKING:
     from engine.oslayers.linux.configuration import LinuxConfig
@@ -459,10 +459,11 @@ def _understood(
         proved = described(memory, texts, keep=False)
         found = latest(found, proved, lambda one: Kernel(one, read_profile(one, cache=cache), base))
     profile = begin_profile(found, cache=cache, given=given)
-    truly = with_true_layout(memory, profile)
+    truly, doubt = with_true_layout(memory, profile)
     if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
         profile = begin_profile(truly, cache=cache, given=given)
     profile = finish_profile(profile, cache=cache)
+    profile.notes += [doubt] if doubt else []
     profile.found = with_description(profile)
     if profile.types is None:
         from engine.oslayers.linux.shape import shapes_of
@@ -495,16 +496,15 @@ def _hinted(base: Base) -> Iterator[Vmcoreinfo]:
             return
 
 
-def with_true_layout(image: Memory, profile: Profile) -> Found:
+def with_true_layout(image: Memory, profile: Profile) -> tuple[Found, str | None]:
     """The kernel in the layout of RAM that its own `iomem_resource` tells, where that is another than was guessed.
 
-    The list lies in memory itself, perhaps in the very part that a wrong guess misplaces: so each layout in which the
-    kernel proves itself is asked, and the first is right that can read the list.
+    And a sentence on what is to be doubted of it. The list lies in memory itself, perhaps in the very part that a wrong
+    guess misplaces: so each layout in which the kernel proves itself is asked, and the first is right that can read it.
     """
     found, root = profile.found, profile.symbol("iomem_resource")
     if root is None:
-        profile.notes.append("the layout of RAM is a guess: iomem_resource is not known")
-        return found
+        return found, "the layout of RAM is a guess: iomem_resource is not known"
     for physical in (found.physical, *(other for other, _ in layouts(image))):
         ram = system_ram(VirtualMemory(physical, found.memory.roots), root, profile.word)
         if not ram:
@@ -513,7 +513,7 @@ def with_true_layout(image: Memory, profile: Profile) -> Found:
             ranges = by_resources(image, ram)
             right = physical if ranges is None else MappedMemory(image, ranges)
             if ranges is None or system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
-                return _moved(found, right)
+                return _moved(found, right), _cut(ram, right)
         except (FaultError, EngineError):
             continue
     from engine.oslayers.linux.concatenated import ram_by_content
@@ -523,9 +523,16 @@ def with_true_layout(image: Memory, profile: Profile) -> Found:
         if ranges is not None:
             right = MappedMemory(image, ranges)
             if system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
-                return _moved(found, right)
-    profile.notes.append("the layout of RAM is a guess: iomem_resource cannot be read")
-    return found
+                return _moved(found, right), None
+    return found, "the layout of RAM is a guess: iomem_resource cannot be read, as where an image was cut short"
+
+
+def _cut(ram: Sequence[Extent], physical: Memory) -> str | None:
+    """A sentence where the kernel has more RAM than there is memory."""
+    if ram[-1].stop <= physical.size:
+        return None
+    ends = f"the kernel has RAM up to {ram[-1].stop:#x}, this memory ends at {physical.size:#x}"
+    return f"{ends}: it may be cut short"
 
 
 def _moved(found: Found, physical: Memory) -> Found:

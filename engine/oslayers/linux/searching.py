@@ -168,4 +168,5 @@ def _why_not(memory: Memory, texts: Iterable[Vmcoreinfo]) -> str:
     told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in leads(memory)]
     if not told:
         return "this memory holds neither VMCOREINFO nor a kernel's banner"
-    return f"this memory holds {'; '.join(dict.fromkeys(told))}, but no page tables that lead to that kernel"
+    holds = f"this memory holds {'; '.join(dict.fromkeys(told))}"
+    return f"{holds}, but no page tables that lead to that kernel: they may lie in a part that is missing"

@@ -317,3 +317,19 @@ def test_a_chunk_is_not_held_twice():
     views = [piece.view for piece in pieces(Space("x", memory), 0, 3 * CHUNK + 1) if isinstance(piece, Data)]
     assert [len(view) for view in views] == [CHUNK, CHUNK, CHUNK, 1]
     assert len({id(view.obj) for view in views}) == 1
+
+
+# -- a file of a process -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "size", "found"), [(0, 1 << 20, [(0, 5000)]), (4096, 4096, [(4096, 904)]),
+                                                     (0, 5000, [(0, 5000)]), (7, 5, [(7, 5)])])  # fmt: skip
+def test_a_file_is_read_up_to_its_end(start, size, found):
+    space = Space("file 3", BytesMemory(bytes(5000)), ends=True)
+    assert [(piece.address, len(piece.view)) for piece in pieces(space, start, size)] == found
+
+
+def test_what_lies_behind_the_end_of_a_file_is_a_hole():
+    space = Space("file 3", BytesMemory(bytes(5000)), ends=True)
+    (hole,) = pieces(space, 5000, 8)
+    assert (hole.start, hole.stop) == (5000, 5008)
