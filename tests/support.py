@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,20 @@ def as_nobody(code: str, *arguments: str, timeout: float = 20, imports: str = "e
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def calls_of(act: Callable[[], object]) -> int:
+    """How many functions are called meanwhile, of Python and of C: what something costs, whatever else runs here."""
+    count = 0
+
+    def called(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        act()
+    finally:
+        sys.setprofile(before)
+    return count

@@ -123,7 +123,7 @@ def gdb_sample(connector: type[Connector], folder: str, writable: bool) -> tuple
     """A machine in QEMU that was never started."""
     held = contextlib.ExitStack()
     machine = held.enter_context(bare_machine("-S", known=os.urandom(3 * 4096)))
-    opened = connector.open(machine.stub, {}, parent=None, writable=writable)
+    opened = connector.open(machine.stub, {"timeout": "60"}, parent=None, writable=writable)
     weakref.finalize(opened, held.close)
     return opened, Truth(known=[(PLACE, machine.known)], holes=[Extent(RAM, 1 << 20)])
 
