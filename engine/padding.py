@@ -47,18 +47,22 @@ def fill_holes(
                 in_hole = True
             _zero(buffer, done - address, extent.start - address)
         done, limit = extent.start, min(extent.stop, stop)
+        step = limit - done
         while done < limit:
+            until = min(done + step, limit)
             try:
-                if readinto(done, buffer[done - address : limit - address]) is False:
+                if readinto(done, buffer[done - address : until - address]) is False:
                     return None
-                done = limit
+                done = until
                 in_hole = False
+                step *= 2
             except FaultError as fault:
                 bad = max(fault.address, done)
                 holes += not (in_hole and bad == done)
                 in_hole = True
                 done = min((bad // page + 1) * page, limit)
                 _zero(buffer, bad - address, done - address)
+                step = page  # a read may look at all that it is asked for before it says what is missing
     return holes
 
 

@@ -238,6 +238,28 @@ def test_data_that_goes_away_between_two_questions_is_zeros():
     assert faults == 3
 
 
+@pytest.mark.parametrize("there", [lambda page: False, lambda page: page % 2, lambda page: page % 7 != 3])
+def test_no_more_is_asked_for_than_a_few_times_the_buffer_however_many_pages_are_missing(there):
+    count, asked = 1024, 0
+
+    def readinto(address, buffer):
+        nonlocal asked
+        asked += len(buffer)
+        for place in range(address, address + len(buffer), PAGE):
+            if not there(place // PAGE):
+                raise FaultError(place)
+            buffer[place - address : place - address + PAGE] = bytes([place // PAGE % 251 + 1]) * PAGE
+
+    buffer = memoryview(bytearray(count * PAGE))
+    faults = fill_holes(Lying(PIECES), 0, buffer, FaultError(0), readinto)
+    whole = [bytes([page % 251 + 1]) * PAGE if there(page) and page else bytes(PAGE) for page in range(count)]
+    assert bytes(buffer) == b"".join(whole)
+    runs = sum(not whole[page].strip(bytes(1)) and (not page or whole[page - 1].strip(bytes(1)) != b"")
+               for page in range(count))  # fmt: skip
+    assert faults == runs
+    assert asked < 4 * len(buffer)
+
+
 # -- phys_mem -----------------------------------------------------------------------------------------
 
 
