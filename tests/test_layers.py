@@ -66,6 +66,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayer": ("engine.memory_map", "engine.leases"),
     "engine.elf_modules": ("engine.oslayer", "engine.formats.*"),
     "engine.connector": ("engine.oslayer",),
+    "engine.image_connector": ("engine.connector", "engine.image_source"),
     "engine.connectors": (),
     "engine.connectors.gdb": (
         "engine.connector", "engine.middleware", "engine.connectors.gdb.*", "engine.formats.*", "engine.numbers",
@@ -73,7 +74,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.connectors.gdb.*": ("engine.memory_map", "engine.connectors.gdb.*"),
     "engine.connectors.*": (
         "engine.connector", "engine.file_memory", "engine.block_memory", "engine.formats.*", "engine.middleware",
-        "engine.decoders", "engine.zero_gaps", "engine.image_source",
+        "engine.decoders", "engine.zero_gaps", "engine.image_source", "engine.image_connector",
         "engine.numbers",
     ),
     "engine.connectors.qemu": ("engine.connectors.qemu.connector",),

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, Self
 
-from engine.connector import Connector, Target
+from engine.connector import Target
 from engine.errors import (
     AccessDeniedError,
     BadDataError,
@@ -30,12 +30,12 @@ from engine.file_memory import FRESHNESS_HELP
 from engine.formats.crash_notes import hints_of, is_of_process
 from engine.formats.elf import ElfFile, Note, Segment, parse_notes
 from engine.formats.elf.records import ET_CORE, PT_LOAD, PT_NOTE, parse_segments, segment_size
+from engine.image_connector import ImageConnector
 from engine.image_source import ImageSource, open_source
-from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Options, OsLayer
-from engine.types import ADDRESS_SPACE, ConnectorInfo, Extent, TargetHints
+from engine.types import ADDRESS_SPACE, Extent
 from engine.zero_gaps import ZeroGaps
 
 SEGMENT_LIMIT = 1 << 20
@@ -58,22 +58,12 @@ class CoreMemory(MappedMemory):
         self.page_size = edges & -edges
 
 
-class ElfCoreConnector(Connector):
+class ElfCoreConnector(ImageConnector):
     """An ELF core file of a machine."""
 
     kind = "elfcore"
     summary = "an ELF core of a machine: vmcore, QEMU, libvirt, VirtualBox, /proc/kcore"
     options_help: ClassVar[dict[str, str]] = dict(FRESHNESS_HELP)
-    opens_packed = True
-
-    def __init__(self, image: ImageSource, held: MemoryMap, left_out: list[Extent], hints: TargetHints) -> None:
-        self._image = image
-        self._held = held
-        self._hints = hints
-        self.notes: list[str] = []
-        memory = CoreMemory(image.memory, held)
-        self._memory: Memory = ZeroGaps(memory, left_out) if left_out else memory
-
     @classmethod
     def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
         """Open the file. Raises NotFoundError, NotRecognisedError where it is no core of a machine, or OSError."""
@@ -114,46 +104,9 @@ class ElfCoreConnector(Connector):
         held, left_out = _placed(loads, file.size, zeros=hints.vmcoreinfo is not None, warnings=warnings)
         if not held:
             raise UnusableTargetError(f"{image.path} holds no memory: it has {len(loads)} segments, all of them empty")
-        made = cls(image, MemoryMap(held), left_out, hints)
-        made.notes = warnings
-        return made
-
-    @property
-    def memory(self) -> Memory:
-        """See `Connector.memory`."""
-        return self._memory
-
-    @property
-    def memory_map(self) -> MemoryMap:
-        """See `Connector.memory_map`: what the file holds, without the zeros that it leaves out."""
-        return self._held
-
-    @property
-    def info(self) -> ConnectorInfo:
-        """See `Connector.info`."""
-        return ConnectorInfo(
-            kind=self.kind,
-            target=self._image.path,
-            size=self._memory.size,
-            real_size=self._held.real_size,
-            live=not self._image.immutable,
-            writable=False,
-            notes=tuple(self.notes),
-            freshness=self._image.freshness,
-        )
-
-    @property
-    def lease(self) -> Lease | None:
-        """See `Connector.lease`."""
-        return self._image.lease
-
-    def hints(self) -> TargetHints:
-        """See `Connector.hints`: registers and VMCOREINFO as the notes tell them."""
-        return self._hints
-
-    def close(self) -> None:
-        """See `Connector.close`."""
-        self._image.close()
+        ranges = MemoryMap(held)
+        memory = CoreMemory(file, ranges)
+        return cls(image, ZeroGaps(memory, left_out) if left_out else memory, ranges, warnings, hints)
 
 
 class KcoreConnector(ElfCoreConnector):

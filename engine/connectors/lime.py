@@ -14,38 +14,28 @@ from __future__ import annotations
 from typing import Self
 
 from engine.block_memory import STORE_LIMIT, BlockMemory
-from engine.connector import Connector
 from engine.decoders import decoder
 from engine.errors import InvalidArgumentError, NotRecognisedError
 from engine.file_memory import FRESHNESS_HELP
 from engine.formats.avml import AvmlBlocks, avml_records
 from engine.formats.lime import AVML, Records, lime_records, version_of
+from engine.image_connector import ImageConnector
 from engine.image_source import ImageSource, open_source
-from engine.leases import Lease
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Options, OsLayer
-from engine.types import ConnectorInfo
 from engine.zero_gaps import ZeroGaps
 
 LIVE_STORE = 1
 """Bytes of unpacked blocks that are kept of a file that may change: one block, for words that follow one another."""
 
 
-class LimeConnector(Connector):
+class LimeConnector(ImageConnector):
     """A LiME or AVML image as physical memory."""
 
     kind = "lime"
     summary = "an image of LiME or AVML: ranges of physical memory behind headers"
     options_help = FRESHNESS_HELP
-    opens_packed = True
-
-    def __init__(self, source: ImageSource, memory: Memory, memory_map: MemoryMap, notes: tuple[str, ...]) -> None:
-        self._source = source
-        self._memory = memory
-        self._memory_map = memory_map
-        self._notes = notes
-
     @classmethod
     def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
         """Open the file. Raises NotRecognisedError where it holds no sound range, PluginError without the library."""
@@ -74,40 +64,7 @@ class LimeConnector(Connector):
             size = sum(gap.size for gap in zeros)
             notes.append(f"{size >> 20} MiB that AVML left out as blocks of zeros read as zeros")
             memory = ZeroGaps(memory, zeros)
-        return cls(source, memory, memory_map, tuple(notes))
-
-    @property
-    def memory(self) -> Memory:
-        """See `Connector.memory`."""
-        return self._memory
-
-    @property
-    def memory_map(self) -> MemoryMap:
-        """See `Connector.memory_map`: of packed memory the source is what comes out, at its own addresses."""
-        return self._memory_map
-
-    @property
-    def info(self) -> ConnectorInfo:
-        """See `Connector.info`."""
-        return ConnectorInfo(
-            kind=self.kind,
-            target=self._source.path,
-            size=self._memory.size,
-            real_size=self._memory_map.real_size,
-            live=not self._source.immutable,
-            writable=self._memory.writable,
-            notes=self._notes,
-            freshness=self._source.freshness,
-        )
-
-    @property
-    def lease(self) -> Lease | None:
-        """See `Connector.lease`."""
-        return self._source.lease
-
-    def close(self) -> None:
-        """See `Connector.close`."""
-        self._source.close()
+        return cls(source, memory, memory_map, notes)
 
 
 def _plain(source: ImageSource, records: Records) -> tuple[Memory, MemoryMap]:

@@ -15,16 +15,14 @@ from __future__ import annotations
 import os
 from typing import Self
 
-from engine.connector import Connector
 from engine.errors import InvalidArgumentError, NotFoundError, NotRecognisedError, UnusableTargetError
 from engine.file_memory import FRESHNESS_HELP
 from engine.formats.vmss import MachineState, is_state, read_state
+from engine.image_connector import ImageConnector
 from engine.image_source import ImageSource, open_source
-from engine.leases import Lease
-from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayer import Options, OsLayer
-from engine.types import ConnectorInfo, TargetHints
+from engine.types import TargetHints
 
 MEMORY_SUFFIX = ".vmem"
 STATE_SUFFIXES = (".vmss", ".vmsn")
@@ -36,23 +34,12 @@ _CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
 """CR3 without PCID and flags (Intel SDM volume 3, 4.5.2)."""
 
 
-class VmwareConnector(Connector):
+class VmwareConnector(ImageConnector):
     """The memory of a VMware machine at rest."""
 
     kind = "vmware"
     summary = "the memory of a suspended VMware machine or of its snapshot: .vmem, .vmss, .vmsn"
     options_help = {"state": "the .vmss or .vmsn file, where it does not lie beside the .vmem", **FRESHNESS_HELP}
-    opens_packed = True
-
-    def __init__(
-        self, source: ImageSource, memory: Memory, memory_map: MemoryMap, state: MachineState | None, notes: list[str]
-    ) -> None:
-        self._source = source
-        self._memory = memory
-        self._memory_map = memory_map
-        self._state = state
-        self._notes = tuple(notes)
-
     @classmethod
     def open(cls, target: str, options: Options, *, parent: OsLayer | None, writable: bool) -> Self:
         """Open the files. Raises NotFoundError, NotRecognisedError, or OSError as open(2) does."""
@@ -93,50 +80,18 @@ class VmwareConnector(Connector):
         if short > 0:
             notes.append(f"the file is {short} bytes shorter than its state says; what is missing faults")
         memory = MappedMemory(source.memory, memory_map)
-        return cls(source, memory, memory_map, state, notes)
+        return cls(source, memory, memory_map, notes, _hints(state))
 
-    @property
-    def memory(self) -> Memory:
-        """See `Connector.memory`."""
-        return self._memory
 
-    @property
-    def memory_map(self) -> MemoryMap:
-        """See `Connector.memory_map`."""
-        return self._memory_map
-
-    @property
-    def info(self) -> ConnectorInfo:
-        """See `Connector.info`."""
-        return ConnectorInfo(
-            kind=self.kind,
-            target=self._source.path,
-            size=self._memory.size,
-            real_size=self._memory_map.real_size,
-            live=not self._source.immutable,
-            writable=self._memory.writable,
-            notes=self._notes,
-            freshness=self._source.freshness,
-        )
-
-    @property
-    def lease(self) -> Lease | None:
-        """See `Connector.lease`."""
-        return self._source.lease
-
-    def hints(self) -> TargetHints:
-        """See `Connector.hints`: the registers that the state file has."""
-        registers = () if self._state is None else self._state.registers
-        cr3 = next((each["cr3"] for each in registers if "cr3" in each), None)
-        return TargetHints(
-            architecture=None if cr3 is None else "x86_64",
-            dtb=None if cr3 is None else cr3 & _CR3_ADDRESS,
-            registers=registers,
-        )
-
-    def close(self) -> None:
-        """See `Connector.close`."""
-        self._source.close()
+def _hints(state: MachineState | None) -> TargetHints:
+    """The registers that the state file has."""
+    registers = () if state is None else state.registers
+    cr3 = next((each["cr3"] for each in registers if "cr3" in each), None)
+    return TargetHints(
+        architecture=None if cr3 is None else "x86_64",
+        dtb=None if cr3 is None else cr3 & _CR3_ADDRESS,
+        registers=registers,
+    )
 
 
 def _head(source: ImageSource) -> bytes:
