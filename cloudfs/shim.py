@@ -11,7 +11,6 @@ another user could have written.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,17 +18,15 @@ import importlib.util
 import logging
 import os
 import platform
-import pwd
-import secrets
 import shutil
-import stat as st
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+from engine.cache_folder import cache_folders, open_own, private, put
 from engine.types import Shortcut
 
 log = logging.getLogger(__name__)
@@ -193,9 +190,9 @@ def _find() -> Shim:
     source = files("cloudfs").joinpath("native", SOURCE).read_bytes()
     build = functools.partial(_compile, source)
     name = f"shim-{_digest(source)}.so"
-    for folder in _cache_folders():
+    for folder in cache_folders():
         try:
-            with _private(folder) as number:
+            with private(folder) as number:
                 return _kept(number, name, build)
         except (NoShimError, OSError) as error:
             log.debug("no shim in %s: %s", folder, error)
@@ -246,42 +243,6 @@ def _compile(source: bytes, output: Path) -> None:
 # -- the cache ---------------------------------------------------------------------------------------------
 
 
-def _cache_folders() -> Iterator[Path]:
-    """Where it may be kept: below $XDG_CACHE_HOME or ~/.cache; the true home where sudo left another's."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):
-        yield Path(given, "cloudfs")
-        return
-    homes = [os.environ.get("HOME", "")]
-    with contextlib.suppress(KeyError):
-        homes.append(pwd.getpwuid(os.geteuid()).pw_dir)
-    yield from (Path(home, ".cache", "cloudfs") for home in dict.fromkeys(homes) if os.path.isabs(home))
-
-
-@contextlib.contextmanager
-def _private(folder: Path) -> Iterator[int]:
-    """A descriptor of `folder`, made where it is not there; NoShimError where others may write to it."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    nearest = missing[-1].parent if missing else folder
-    if nearest.stat().st_uid != os.geteuid():
-        raise NoShimError(f"{nearest} belongs to another user")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        _check_owner(number, str(folder))
-        yield number
-    finally:
-        os.close(number)
-
-
-def _check_owner(number: int, name: str) -> None:
-    status = os.fstat(number)
-    if status.st_uid != os.geteuid():
-        raise NoShimError(f"{name} belongs to another user")
-    if status.st_mode & (st.S_IWGRP | st.S_IWOTH):
-        raise NoShimError(f"{name} can be written by other users")
-
-
 def _kept(folder: int, name: str, build: Callable[[Path], None]) -> Shim:
     """The shim `name` of a cache directory; compiled, and put there in one step, where it is missing."""
     try:
@@ -293,30 +254,14 @@ def _kept(folder: int, name: str, build: Callable[[Path], None]) -> Shim:
     with tempfile.TemporaryDirectory(prefix="cloudfs-shim-") as building:
         made = Path(building, name)
         build(made)
-        _store(folder, name, made.read_bytes())
+        put(folder, name, made.read_bytes(), 0o500)
     return _checked(folder, name)
-
-
-def _store(folder: int, name: str, data: bytes) -> None:
-    """Put a file there in one step: of several processes the last one wins, and all bring the same."""
-    temporary = f".{name}.{secrets.token_hex(8)}"
-    number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o500, dir_fd=folder)
-    try:
-        with open(number, "wb") as file:
-            file.write(data)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        os.unlink(temporary, dir_fd=folder)
-        raise
 
 
 def _checked(folder: int, name: str) -> Shim:
     """Load a file that is a plain one, ours, and writable by no other: by its descriptor, so that it stays the same."""
-    number = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+    number = open_own(folder, name)
     try:
-        if not st.S_ISREG(os.fstat(number).st_mode):
-            raise NoShimError(f"{name} is no plain file")
-        _check_owner(number, name)
         return Shim(f"/proc/{os.getpid()}/fd/{number}")
     finally:
         os.close(number)

@@ -118,7 +118,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "cloudfs.mountpoint": ("engine.errors", "cloudfs.serving"),
     "cloudfs.serving": (),
     "cloudfs.watchdog": ("cloudfs.mountpoint",),
-    "cloudfs.shim": ("engine.types",),
+    "cloudfs.shim": ("engine.types", "engine.cache_folder"),
     "cloudfs.shortcuts": ("cloudfs.shim", "cloudfs.node"),
     "cloudfs.seeking": ("cloudfs.operations",),
     "cloudfs.doctor": ("cloudfs.mount",),
