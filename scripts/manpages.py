@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from cloudfs import cli, mount_helper
@@ -189,7 +189,9 @@ def tidied(page: str) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "man"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "man", help="where the pages go")
+    folder = parser.parse_args().folder
     folder.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (folder / name).write_text(tidied(page()), encoding="ascii")

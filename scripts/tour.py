@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -186,13 +187,13 @@ def _has_libc(process: Path) -> bool:
     return (process / "modules" / "libc.so.6").is_dir()
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Mount, show, wait."""
-    if len(arguments) > 1:
-        return fail("usage: ./scripts/demo [MOUNTPOINT]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mountpoint", nargs="?", metavar="MOUNTPOINT", help="an empty directory (one of its own)")
+    wanted = parser.parse_args().mountpoint
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-    wanted = arguments[0] if arguments else None
     try:
         with mountpoint(wanted) as folder, mounted(folder) as server, target() as (pid, address):
             print(f"This machine is mounted at {folder}, read-only.")
@@ -223,4 +224,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import ends_with_us, require
+from ending import ends_with_us
+from support import require
 
 START_SECONDS = 15
 

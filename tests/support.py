@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,14 +19,6 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("CLOUDFS_TEST_REQUIRE") == "all":
         pytest.fail(f"CLOUDFS_TEST_REQUIRE=all, but {reason}")
     pytest.skip(reason)
-
-
-def ends_with_us(signal: str = "KILL") -> list[str]:
-    """Words before a command, by which it gets that signal when our thread ends, even killed (setpriv of util-linux).
-
-    For what is started in the main thread: the kernel looks at the thread, not at the program (prctl(2)).
-    """
-    return ["setpriv", "--pdeathsig", signal] if shutil.which("setpriv") else []
 
 
 REFUSED_WRITE = "Read-only file system" if os.geteuid() == 0 else "Permission denied"

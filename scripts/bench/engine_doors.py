@@ -7,9 +7,7 @@ Every ratio is time of the engine by time of the baseline; both are measured in 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import mmap
 import os
 import struct
@@ -23,19 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 from harness.daemons import Holder, holding
-from harness.machine import (
-    CannotMeasureError,
-    Tools,
-    build,
-    describe,
-    measuring,
-    quietest_cpu,
-    scratch_directory,
-    unwinding_on_signals,
-)
+from harness.machine import CannotMeasureError, Tools, build, scratch_directory
+from harness.program import Outcome, finish, in_sections, options, pinned, rounds_of
 from harness.remote import Addresses, RemoteReader, Words
-from harness.table import Goal, Table, at_most, missed
-from harness.timing import Action, Pair, measure
+from harness.table import Goal, Table, at_most
+from harness.timing import Action, Pair, each, tabled
 
 import engine
 
@@ -60,26 +50,12 @@ class Bench:
 
     def table(self, title: str, pairs: Iterator[Pair]) -> Table:
         """The measured pairs."""
-        rows = []
-        for pair in pairs:
-            print(f"  {title}: {pair.title}", file=sys.stderr, flush=True)
-            rows.append(measure(pair, self.rounds))
-        return Table(title, "baseline", "engine", rows)
+        return tabled(title, "baseline", pairs, self.rounds)
 
 
 def _addresses(count: int, start: int, size: int, step: int = 8) -> Addresses:
     numbers = np.random.default_rng(SEED).integers(0, size // step - 1, count, np.uint64)
     return numbers * np.uint64(step) + np.uint64(start)
-
-
-def _each(function: Callable[[int], object], addresses: Sequence[int]) -> Action:
-    """A loop over scalar calls: its own cost is in both sides."""
-
-    def loop() -> None:
-        for address in addresses:
-            function(address)
-
-    return loop
 
 
 def _same(what: str, found: object, wanted: object) -> None:
@@ -109,13 +85,13 @@ def bytes_pairs(memory: engine.Memory, view: memoryview) -> Iterator[Pair]:
     """Bytes of this program."""
     scalars = _addresses(SCALARS, 0, len(view)).tolist()
     _same("u64", [memory.u64(a) for a in scalars], [_UNPACK(view, a)[0] for a in scalars])
-    baseline = _each(lambda address: _UNPACK(view, address)[0], scalars)
-    yield Pair("u64, struct.unpack_from", "ns", baseline, _each(memory.u64, scalars), SCALARS, at_most(3.0))
+    baseline = each(lambda address: _UNPACK(view, address)[0], scalars)
+    yield Pair("u64, struct.unpack_from", "ns", baseline, each(memory.u64, scalars), SCALARS, at_most(3.0))
     yield from _column_pairs(memory, view)
     buffer = memoryview(bytearray(MIB))
     places = _addresses(64, 0, len(view) - MIB, ROW).tolist()
-    copy = _each(lambda address: buffer.__setitem__(slice(None), view[address : address + MIB]), places)
-    ours = _each(lambda address: memory.readinto(address, buffer), places)
+    copy = each(lambda address: buffer.__setitem__(slice(None), view[address : address + MIB]), places)
+    ours = each(lambda address: memory.readinto(address, buffer), places)
     yield Pair("readinto of 1 MiB, slice copy", "us", copy, ours, len(places), at_most(1.1))
     yield from _borrow_pair(memory, view, places)
 
@@ -124,9 +100,9 @@ def file_pairs(memory: engine.Memory, view: memoryview, descriptor: int) -> Iter
     """A file; `view` is a mapping of it."""
     scalars = _addresses(SCALARS, 0, len(view)).tolist()
     _same("u64", [memory.u64(a) for a in scalars], [_UNPACK(view, a)[0] for a in scalars])
-    ours = _each(memory.u64, scalars)
-    by_view = _each(lambda address: _UNPACK(view, address)[0], scalars)
-    by_pread = _each(lambda address: _UNPACK(os.pread(descriptor, 8, address))[0], scalars)
+    ours = each(memory.u64, scalars)
+    by_view = each(lambda address: _UNPACK(view, address)[0], scalars)
+    by_pread = each(lambda address: _UNPACK(os.pread(descriptor, 8, address))[0], scalars)
     yield Pair("u64, struct.unpack_from of a mapping (SIGBUS if cut)", "ns", by_view, ours, SCALARS)
     yield Pair("u64, os.pread", "ns", by_pread, ours, SCALARS, at_most(2.0))
     yield from _column_pairs(memory, view)
@@ -166,8 +142,8 @@ def _preadv_pair(
     return Pair(
         f"readinto of {name}, os.preadv",
         "us",
-        _each(lambda address: os.preadv(descriptor, [buffer], address), places),
-        _each(lambda address: memory.readinto(address, buffer), places),
+        each(lambda address: os.preadv(descriptor, [buffer], address), places),
+        each(lambda address: memory.readinto(address, buffer), places),
         len(places),
         goal,
     )
@@ -176,8 +152,8 @@ def _preadv_pair(
 def _borrow_pair(memory: engine.Memory, view: memoryview, places: Sequence[int]) -> Iterator[Pair]:
     if memory.borrow(0, MIB) is None:
         return
-    slices = _each(lambda address: view[address : address + MIB], places)
-    lent = _each(lambda address: memory.borrow(address, MIB), places)
+    slices = each(lambda address: view[address : address + MIB], places)
+    lent = each(lambda address: memory.borrow(address, MIB), places)
     yield Pair("borrow of 1 MiB, slice of a view", "ns", slices, lent, len(places), at_most(10.0))
 
 
@@ -210,16 +186,16 @@ def process_pairs(memory: engine.Memory, holder: Holder, descriptor: int) -> Ite
     """The memory of another process."""
     scalars = _addresses(SCALARS, holder.address, holder.size).tolist()
     _same("u64", [memory.u64(a) for a in scalars], [_UNPACK(os.pread(descriptor, 8, a))[0] for a in scalars])
-    by_pread = _each(lambda address: _UNPACK(os.pread(descriptor, 8, address))[0], scalars)
+    by_pread = each(lambda address: _UNPACK(os.pread(descriptor, 8, address))[0], scalars)
     # Two system calls where the baseline has one: pagemap is asked first, so that no page is touched.
-    yield Pair("u64, os.pread", "ns", by_pread, _each(memory.u64, scalars), SCALARS, at_most(2.5))
+    yield Pair("u64, os.pread", "ns", by_pread, each(memory.u64, scalars), SCALARS, at_most(2.5))
     for size, name, goal in ((ROW, "4 KiB", 2.5), (128 * KIB, "128 KiB", 1.5), (MIB, "1 MiB", 1.15)):
         places = _addresses(64, holder.address, holder.size - size, ROW).tolist()
         buffer, remote = memoryview(bytearray(size)), RemoteReader(holder.pid, size)
         yield _preadv_pair(memory, places, descriptor, buffer, name, at_most(goal))
         remote.block(places[0])
         _same("process_vm_readv", bytes(remote.buffer), os.pread(descriptor, size, places[0]))
-        by_remote, ours = _each(remote.block, places), _reads(memory, places, buffer)
+        by_remote, ours = each(remote.block, places), _reads(memory, places, buffer)
         title = f"readinto of {name}, process_vm_readv by ctypes"
         yield Pair(title, "us", by_remote, ours, len(places), at_most(goal))
     yield _copy_pair(memory, holder)
@@ -239,12 +215,12 @@ def _copy_pair(memory: engine.Memory, holder: Holder) -> Pair:
     """The least that 1 MiB costs: a copy inside of this program, from as large a place."""
     places = _addresses(64, holder.address, holder.size - MIB, ROW).tolist()
     buffer, own = memoryview(bytearray(MIB)), memoryview(bytearray(os.urandom(MIB)) * (holder.size // MIB))
-    copy = _each(lambda at: buffer.__setitem__(slice(None), own[at : at + MIB]), [a - holder.address for a in places])
+    copy = each(lambda at: buffer.__setitem__(slice(None), own[at : at + MIB]), [a - holder.address for a in places])
     return Pair("readinto of 1 MiB, copy", "us", copy, _reads(memory, places, buffer), len(places))
 
 
 def _reads(memory: engine.Memory, places: Sequence[int], buffer: memoryview) -> Action:
-    return _each(lambda address: memory.readinto(address, buffer), places)
+    return each(lambda address: memory.readinto(address, buffer), places)
 
 
 def process_section(bench: Bench) -> list[Table]:
@@ -316,47 +292,18 @@ SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
 }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="64 MiB, 3 rounds")
-    parser.add_argument("--rounds", type=int, help="samples of each figure and side (default 9, quick 3)")
-    parser.add_argument("--unpinned", action="store_true", help="let the scheduler place this program")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections (repeatable)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
-    return parser.parse_args()
-
-
 def main() -> int:
     """The exit code."""
-    arguments = _arguments()
+    arguments = options(__doc__, quick="64 MiB", rounds=(9, 3), sections=SECTIONS).parse_args()
     size = (64 if arguments.quick else 256) * MIB
-    rounds = arguments.rounds or (3 if arguments.quick else 9)
-    tables: list[Table] = []
-    try:
-        with unwinding_on_signals(), scratch_directory(size) as directory:
-            bench = Bench(build(directory, fuse=False), directory, size, rounds)
-            with measuring(None if arguments.unpinned else quietest_cpu()):
-                for name in arguments.only or SECTIONS:
-                    tables += SECTIONS[name](bench)
-    except CannotMeasureError as error:
-        print(f"engine_doors.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("engine_doors.py: interrupted", file=sys.stderr)
-        return 130
-    document = {"machine": describe(), "tables": [table.json() for table in tables]}
-    if str(arguments.json) == "-":
-        print(json.dumps(document, indent=1))
-    else:
-        print(f"{describe()}; medians of {rounds} rounds\n")
-        for table in tables:
-            print(table)
-        failed = missed(tables)
-        print(f"{len(failed)} goals missed." if failed else "All goals met.")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if arguments.strict and missed(tables) else 0
+
+    def work() -> Outcome:
+        with scratch_directory(size) as directory:
+            bench = Bench(build(directory, fuse=False), directory, size, rounds_of(arguments))
+            with pinned(arguments):
+                return Outcome(in_sections(arguments, SECTIONS, bench))
+
+    return finish(arguments, work)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.machine import CannotMeasureError, cloudfs_program, describe, measuring, quietest_cpu, unwinding_on_signals
-from harness.table import Row, Table, at_most, missed
+from harness.machine import CannotMeasureError, cloudfs_program, measuring, quietest_cpu
+from harness.program import Outcome, finish, options, rounds_of
+from harness.table import Row, Table, at_most
 
 ROOT = Path(__file__).resolve().parents[2]
 GUESTS = ("amd64-6.1-4level", "amd64-6.1-5gib")
@@ -398,30 +399,22 @@ def recorded_images() -> list[Path]:
         raise CannotMeasureError(f"no guest can be recorded here ({error}): give --image FILE") from None
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 runs of each")
-    parser.add_argument("--rounds", type=int, help="runs of each (default 9, quick 3)")
+def main() -> int:
+    """The exit code."""
+    parser = options(__doc__, quick="few runs", rounds=(9, 3))
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="an image; may be given again")
     parser.add_argument("--peers", metavar="PYTHON", help="a Python that has volatility3, drgn or both")
     parser.add_argument("--vmlinux", type=Path, metavar="FILE", help="debug information of the kernel, for drgn")
-    parser.add_argument("--unpinned", action="store_true", help="let programs run on every CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
     parser.add_argument("--steps", metavar="FILE", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> int:
-    """The exit code."""
-    arguments = _arguments()
+    arguments = parser.parse_args()
     if arguments.steps is not None:
         print(json.dumps(steps(arguments.steps)))
         return 0
-    rounds = arguments.rounds or (3 if arguments.quick else 9)
-    tables: list[Table] = []
-    try:
-        with unwinding_on_signals(), tempfile.TemporaryDirectory(prefix="cloudfs-bench-") as name:
+    rounds = rounds_of(arguments)
+
+    def work() -> Outcome:
+        tables: list[Table] = []
+        with tempfile.TemporaryDirectory(prefix="cloudfs-bench-") as name:
             folder = Path(name)
             (folder / "kept").mkdir(mode=0o700)
             cpu = None if arguments.unpinned else quietest_cpu()
@@ -429,24 +422,9 @@ def main() -> int:
                 peers = list(peers_of(image, folder, arguments.peers, arguments.vmlinux)) if arguments.peers else []
                 tables += compare(image, peers, folder, rounds, cpu)
                 tables.append(step_table(image, folder, rounds, cpu))
-    except (CannotMeasureError, subprocess.CalledProcessError, OSError) as error:
-        print(f"linux.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("linux.py: interrupted", file=sys.stderr)
-        return 130
-    if str(arguments.json) == "-":
-        print(json.dumps({"machine": describe(), "tables": [table.json() for table in tables]}, indent=1))
-    else:
-        print(f"{describe()}; medians of {rounds} runs\n")
-        for table in tables:
-            print(table)
-        failed = missed(tables)
-        print(f"{len(failed)} goals missed." if failed else "All goals met.")
-        if arguments.json:
-            document = {"machine": describe(), "tables": [table.json() for table in tables]}
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if arguments.strict and missed(tables) else 0
+        return Outcome(tables)
+
+    return finish(arguments, work, subprocess.CalledProcessError, OSError)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,14 +24,13 @@ from harness.machine import (
     Tools,
     build,
     cloudfs_program,
-    describe,
     quietest_cpu,
     require_fuse,
     scratch_directory,
-    unwinding_on_signals,
 )
-from harness.runs import DISTURBED, Line, Runner, Side
-from harness.table import Table, at_most, missed
+from harness.program import Outcome, finish, options, rounds_of
+from harness.runs import Line, Runner, Side
+from harness.table import Table, at_most
 
 C, STOCK, CLOUDFS, AGAIN = "C libfuse", "--stock-loop", "cloudfs", "C again"
 SPINNING = f"--spin {figures.SPIN}"
@@ -256,69 +254,36 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the bytes, 3 rounds")
-    parser.add_argument("--rounds", type=int, help="samples of each figure and side (default 7, quick 3)")
-    parser.add_argument("--size", type=int, help="MiB of the raw file (default 2048, quick 512)")
-    parser.add_argument("--unpinned", action="store_true", help="let the scheduler place daemons and clients")
-    parser.add_argument("--stock", action="store_true", help="measure `cloudfs mount --stock-loop` as well")
-    parser.add_argument("--noise", action="store_true", help="C against itself: how far from 1.00 is noise")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections (repeatable)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
-    return parser.parse_args()
-
-
-def measure(arguments: argparse.Namespace, directory: Path, size: int) -> tuple[Runner, list[Table]]:
+def measure(arguments: argparse.Namespace, directory: Path, size: int) -> Outcome:
     """All tables asked for."""
     tools = build(directory)
     cpu = None if arguments.unpinned else quietest_cpu()
-    rounds = arguments.rounds or (3 if arguments.quick else 7)
-    runner = Runner(tools, cpu, rounds, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+    runner = Runner(tools, cpu, rounds_of(arguments), lambda text: print(f"  {text}", file=sys.stderr, flush=True))
     bench = Bench(
         runner, tools, directory, size, Amounts(4 if arguments.quick else 1), arguments.stock, arguments.noise
     )
     for name in arguments.only or SECTIONS:
         with contextlib.ExitStack() as bench.stack:
             SECTIONS[name](bench)
-    return runner, bench.tables
-
-
-def show(runner: Runner, tables: list[Table]) -> None:
-    """The tables for people."""
     place = "not pinned" if runner.cpu is None else "daemons and clients pinned to one CPU"
-    print(f"{describe()}; {place}; medians of {runner.rounds} rounds\n")
-    for table in tables:
-        print(table)
-    if runner.disturbance > DISTURBED:
-        print(f"Other programs took up to {runner.disturbance:.0%} of the CPU: run again on a quieter machine.")
-    failed = missed(tables)
-    print(f"{len(failed)} goals missed." if failed else "All goals met.")
+    return Outcome(bench.tables, runner.remark, f"{place}; medians of {runner.rounds} rounds")
 
 
 def main() -> int:
     """The exit code."""
-    arguments = _arguments()
+    parser = options(__doc__, quick="a quarter of the bytes", rounds=(7, 3), sections=SECTIONS)
+    parser.add_argument("--size", type=int, help="MiB of the raw file (default 2048, quick 512)")
+    parser.add_argument("--stock", action="store_true", help="measure `cloudfs mount --stock-loop` as well")
+    parser.add_argument("--noise", action="store_true", help="C against itself: how far from 1.00 is noise")
+    arguments = parser.parse_args()
     size = (arguments.size or (512 if arguments.quick else 2048)) * MIB
-    try:
+
+    def work() -> Outcome:
         require_fuse()
-        with unwinding_on_signals(), scratch_directory(size) as directory:
-            runner, tables = measure(arguments, directory, size)
-    except CannotMeasureError as error:
-        print(f"mount.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mount.py: interrupted; everything is unmounted", file=sys.stderr)
-        return 130
-    document = {"machine": describe(), "pinned": runner.cpu is not None, "tables": [t.json() for t in tables]}
-    if str(arguments.json) == "-":
-        print(json.dumps(document, indent=1))
-    else:
-        show(runner, tables)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if arguments.strict and missed(tables) else 0
+        with scratch_directory(size) as directory:
+            return measure(arguments, directory, size)
+
+    return finish(arguments, work)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ minute). Every ratio is time of the engine by time of the baseline, both measure
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import mmap
 import os
 import struct
@@ -28,18 +26,11 @@ from guests.kernels import GuestError
 from guests.living import Living, qemu
 from guests.nested import nested
 from harness.daemons import mounted
-from harness.machine import (
-    CannotMeasureError,
-    cloudfs_program,
-    describe,
-    measuring,
-    quietest_cpu,
-    require_fuse,
-    unwinding_on_signals,
-)
+from harness.machine import CannotMeasureError, cloudfs_program, require_fuse
+from harness.program import Outcome, finish, in_sections, options, pinned, rounds_of
 from harness.remote import Addresses, RemoteReader
-from harness.table import Goal, Table, at_most, missed
-from harness.timing import Action, Pair, measure
+from harness.table import Goal, Table, at_most
+from harness.timing import Action, Pair, each, tabled
 
 import engine
 from engine.oslayer import Base
@@ -62,11 +53,7 @@ class Bench:
 
     def table(self, title: str, baseline: str, pairs: Iterator[Pair]) -> Table:
         """The measured pairs."""
-        rows = []
-        for pair in pairs:
-            print(f"  {title}: {pair.title}", file=sys.stderr, flush=True)
-            rows.append(measure(pair, self.rounds))
-        return Table(title, baseline, "engine", rows)
+        return tabled(title, baseline, pairs, self.rounds)
 
     @contextlib.contextmanager
     def guest(self, ram: str) -> Iterator[Living]:
@@ -91,14 +78,6 @@ def opened(living: Living) -> Iterator[engine.Memory]:
         connector.close()
 
 
-def _each(function: Callable[[int], object], addresses: Sequence[int]) -> Action:
-    def loop() -> None:
-        for address in addresses:
-            function(address)
-
-    return loop
-
-
 def _places(count: int, size: int, step: int) -> Addresses:
     numbers = np.random.default_rng(7).integers(MIB // step, (size - MIB) // step, count, np.uint64)
     return numbers * np.uint64(step)
@@ -106,7 +85,7 @@ def _places(count: int, size: int, step: int) -> Addresses:
 
 def _reads(memory: engine.Memory, places: Sequence[int], size: int) -> Action:
     buffer = memoryview(bytearray(size))
-    return _each(lambda address: memory.readinto(address, buffer), places)
+    return each(lambda address: memory.readinto(address, buffer), places)
 
 
 def _same(found: bytes, wanted: bytes) -> None:
@@ -118,14 +97,14 @@ def mapped_pairs(memory: engine.Memory, file: engine.FileMemory, view: memoryvie
     """Beside a plain file: the same file, opened as `raw` opens it; and copies out of a mapping."""
     size = len(view)
     scalars = _places(SCALARS, size, 8).tolist()
-    yield Pair("u64, a raw file", "ns", _each(file.u64, scalars), _each(memory.u64, scalars), SCALARS, at_most(2.5))
+    yield Pair("u64, a raw file", "ns", each(file.u64, scalars), each(memory.u64, scalars), SCALARS, at_most(2.5))
     for width, name, bound in ((PAGE, "4 KiB", 1.8), (MIB, "1 MiB", 1.1)):
         places = _places(64, size, PAGE).tolist()
         _same(memory.read(places[0], width), bytes(view[places[0] : places[0] + width]))
         theirs, ours = _reads(file, places, width), _reads(memory, places, width)
         yield Pair(f"readinto of {name}, a raw file", "us", theirs, ours, 64, at_most(bound))
         buffer = memoryview(bytearray(width))
-        copies = _each(lambda at, b=buffer, n=width: b.__setitem__(slice(None), view[at : at + n]), places)
+        copies = each(lambda at, b=buffer, n=width: b.__setitem__(slice(None), view[at : at + n]), places)
         yield Pair(f"readinto of {name}, memcpy of the mapping", "us", copies, ours, 64)
     yield _scatter(memory, size, lambda pages, out: file.gather(pages, out), "a raw file", at_most(1.2))
     rows = np.frombuffer(view, np.uint8).reshape(-1, PAGE)
@@ -162,21 +141,21 @@ def private_pairs(memory: engine.Memory, living: Living, size: int) -> Iterator[
     base = living.host_address(MIB) - MIB
     scalars = _places(SCALARS, size, 8).tolist()
     word = RemoteReader(living.pid, 8)
-    by_remote = _each(lambda at: word.block(base + at), scalars)
-    yield Pair("u64, process_vm_readv", "ns", by_remote, _each(memory.u64, scalars), SCALARS, at_most(1 / 0.6))
+    by_remote = each(lambda at: word.block(base + at), scalars)
+    yield Pair("u64, process_vm_readv", "ns", by_remote, each(memory.u64, scalars), SCALARS, at_most(1 / 0.6))
     for width, name in ((PAGE, "4 KiB"), (128 * KIB, "128 KiB"), (MIB, "1 MiB")):
         places = _places(64, size, PAGE).tolist()
         remote = RemoteReader(living.pid, width)
         remote.block(base + places[0])
         _same(memory.read(places[0], width), bytes(remote.buffer))
-        theirs = _each(lambda at, r=remote: r.block(base + at), places)
+        theirs = each(lambda at, r=remote: r.block(base + at), places)
         goal = at_most(1 / 0.6)
         title = f"readinto of {name}, process_vm_readv"
         yield Pair(title, "us", theirs, _reads(memory, places, width), 64, goal)
     pages = _places(PAGES, size, PAGE)
     out = np.empty((PAGES, PAGE), np.uint8)
     page = RemoteReader(living.pid, PAGE)
-    theirs = _each(lambda at: page.block(base + at), pages.tolist())
+    theirs = each(lambda at: page.block(base + at), pages.tolist())
     title = f"scatter of {PAGES} pages, as many process_vm_readv"
     yield Pair(title, "us", theirs, lambda: memory.gather(pages, out), 1, at_most(1.0))
 
@@ -197,7 +176,7 @@ def level_pairs(below: engine.Memory, above: engine.Memory) -> Iterator[Pair]:
     outs = [np.empty((PAGES, PAGE), np.uint8) for _ in range(2)]
     words = [np.empty((PAGES, 8), np.uint8) for _ in range(2)]
     few = [column[:256].tolist() for column in columns]
-    yield Pair("u64", "us", _each(below.u64, few[0]), _each(above.u64, few[1]), 256)
+    yield Pair("u64", "us", each(below.u64, few[0]), each(above.u64, few[1]), 256)
     yield Pair("readinto of 4 KiB", "us", _reads(below, few[0], PAGE), _reads(above, few[1], PAGE), 256)
     for name, out in (("words", words), ("pages", outs)):
         yield Pair(
@@ -225,7 +204,7 @@ def mount_pairs(bench: Bench, readers: Sequence[int], goal: Goal | None) -> Iter
         places = _places(64, bench.size, PAGE).tolist()
         buffer = memoryview(bytearray(width))
         _same(os.pread(readers[1], width, places[0]), os.pread(readers[0], width, places[0]))
-        theirs, ours = (_each(lambda at, n=number, b=buffer: os.preadv(n, [b], at), places) for number in readers)
+        theirs, ours = (each(lambda at, n=number, b=buffer: os.preadv(n, [b], at), places) for number in readers)
         yield Pair(f"pread of {name} at random", "us", theirs, ours, 64, goal)
 
 
@@ -258,45 +237,16 @@ SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
 }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="128 MiB, 3 rounds")
-    parser.add_argument("--rounds", type=int, help="samples of each figure and side (default 9, quick 3)")
-    parser.add_argument("--unpinned", action="store_true", help="let the scheduler place this program")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections (repeatable)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
-    return parser.parse_args()
-
-
 def main() -> int:
     """The exit code."""
-    arguments = _arguments()
-    rounds = arguments.rounds or (3 if arguments.quick else 9)
-    bench = Bench((128 if arguments.quick else 512) * MIB, rounds)
-    tables: list[Table] = []
-    try:
-        with unwinding_on_signals(), measuring(None if arguments.unpinned else quietest_cpu()):
-            for name in arguments.only or SECTIONS:
-                tables += SECTIONS[name](bench)
-    except (CannotMeasureError, GuestError) as error:
-        print(f"qemu.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("qemu.py: interrupted", file=sys.stderr)
-        return 130
-    document = {"machine": describe(), "tables": [table.json() for table in tables]}
-    if str(arguments.json) == "-":
-        print(json.dumps(document, indent=1))
-    else:
-        print(f"{describe()}; medians of {rounds} rounds\n")
-        for table in tables:
-            print(table)
-        failed = missed(tables)
-        print(f"{len(failed)} goals missed." if failed else "All goals met.")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if arguments.strict and missed(tables) else 0
+    arguments = options(__doc__, quick="128 MiB", rounds=(9, 3), sections=SECTIONS).parse_args()
+    bench = Bench((128 if arguments.quick else 512) * MIB, rounds_of(arguments))
+
+    def work() -> Outcome:
+        with pinned(arguments):
+            return Outcome(in_sections(arguments, SECTIONS, bench))
+
+    return finish(arguments, work, GuestError)
 
 
 if __name__ == "__main__":

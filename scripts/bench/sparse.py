@@ -8,8 +8,6 @@ they read every byte.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,14 +20,13 @@ from harness.daemons import mounted
 from harness.machine import (
     CannotMeasureError,
     cloudfs_program,
-    describe,
     measuring,
     quietest_cpu,
     require_fuse,
     scratch_directory,
-    unwinding_on_signals,
 )
-from harness.table import Goal, Row, Table, at_most, missed
+from harness.program import Outcome, finish, options, rounds_of
+from harness.table import Goal, Row, Table, at_most
 
 PAGE = 4096
 PIECES = 512
@@ -141,31 +138,15 @@ def measure(found: dict[str, Path], copy: Path, rounds: int) -> list[Table]:
 
 def main() -> int:
     """The exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7")
-    parser.add_argument("--unpinned", action="store_true", help="client and daemon on any CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
-    arguments = parser.parse_args()
-    cpu = None if arguments.unpinned else quietest_cpu()
-    try:
+    arguments = options(__doc__, quick="less", rounds=(7, 2)).parse_args()
+
+    def work() -> Outcome:
         require_fuse()
-        with (
-            unwinding_on_signals(),
-            scratch_directory(SCRATCH) as directory,
-            sides(directory, cpu) as found,
-            measuring(cpu),
-        ):
-            tables = measure(found, directory / "copy", 2 if arguments.quick else 7)
-    except CannotMeasureError as error:
-        print(f"sparse.py: {error}", file=sys.stderr)
-        return 2
-    if arguments.json:
-        text = json.dumps({"machine": describe(), "tables": [table.json() for table in tables]}, indent=1)
-        sys.stdout.write(text + "\n") if str(arguments.json) == "-" else arguments.json.write_text(text + "\n")
-    if str(arguments.json) != "-":
-        print(describe() + "\n", *tables, sep="\n")
-    return 1 if arguments.strict and missed(tables) else 0
+        cpu = None if arguments.unpinned else quietest_cpu()
+        with scratch_directory(SCRATCH) as directory, sides(directory, cpu) as found, measuring(cpu):
+            return Outcome(measure(found, directory / "copy", rounds_of(arguments)))
+
+    return finish(arguments, work, code=2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import json
 import mmap
 import os
@@ -27,17 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from harness.machine import (
-    HERE,
-    CannotMeasureError,
-    describe,
-    measuring,
-    quietest_cpu,
-    scratch_directory,
-    unwinding_on_signals,
-)
-from harness.table import Goal, Row, Table, at_most, missed
-from harness.timing import SAMPLE_SECONDS, UNITS, Action, Pair
+from harness.machine import HERE, CannotMeasureError, scratch_directory
+from harness.program import Outcome, finish, in_sections, options, pinned, rounds_of
+from harness.table import Goal, Row, Table, at_most
+from harness.timing import Action, Pair, measure, tabled
 
 from engine import accelerator
 from engine.bytes_memory import BytesMemory
@@ -84,44 +76,7 @@ class Image:
 
     def table(self, title: str, other: str, pairs: Iterator[Pair]) -> Table:
         """The measured pairs."""
-        found = []
-        for pair in pairs:
-            print(f"  {title}: {pair.title}", file=sys.stderr, flush=True)
-            found.append(measure(pair, self.rounds))
-        return Table(title, other, "engine", found)
-
-
-def measure(pair: Pair, rounds: int) -> Row:
-    """Both sides in turn, CPU time of this thread, without garbage collection."""
-    actions = pair.baseline, pair.subject
-    repeats = [_repeats(action) for action in actions]
-    found: tuple[list[float], list[float]] = ([], [])
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for samples, action, times in zip(found, actions, repeats, strict=True):
-                samples.append(_nanoseconds(action, times) / pair.count / UNITS[pair.unit])
-    finally:
-        gc.enable()
-    return Row(pair.title, pair.unit, found[0], found[1], pair.goal)
-
-
-def _repeats(action: Action) -> int:
-    """How often one sample calls `action`; it is warm afterwards."""
-    times = 1
-    while (spent := _nanoseconds(action, times) * times) < SAMPLE_SECONDS * 1e9 / 4:
-        times *= 4
-    return max(1, round(SAMPLE_SECONDS * 1e9 / (spent / times)))
-
-
-def _nanoseconds(action: Action, times: int) -> float:
-    """CPU time of one call."""
-    steps = range(times)
-    began = time.thread_time_ns()
-    for _ in steps:
-        action()
-    return (time.thread_time_ns() - began) / times
+        return tabled(title, other, pairs, self.rounds, clock=time.thread_time_ns)
 
 
 def rows_for_c(spec: MmuSpec) -> ctypes.Array[ctypes.c_uint64]:
@@ -282,7 +237,7 @@ def scalar_section(image: Image) -> list[Table]:
     )
     rows = []
     for title, limit, action, count in works:
-        measured = measure(Pair(title, "ns", action, action, count), image.rounds)
+        measured = measure(Pair(title, "ns", action, action, count), image.rounds, time.thread_time_ns)
         rows.append(Row(title, "ns", [limit] * image.rounds, measured.subject, at_most(1.0)))
     return [Table("One address, against what it may take", "may take", "engine", rows)]
 
@@ -366,10 +321,10 @@ def sparse() -> int:
     memory, found = BytesMemory(data), {}
     accelerator.library()
     list(blocks(BytesMemory(bytes(8192)), (X86_64, DTB)))
-    for title, options in (("pages", {}), ("pages and gaps", {"gaps": True})):
+    for title, shown in (("pages", {}), ("pages and gaps", {"gaps": True})):
         _reset_high_water()
         before = _high_water()
-        for _ in blocks(memory, (X86_64, DTB), **options):
+        for _ in blocks(memory, (X86_64, DTB), **shown):
             pass
         found[title] = _high_water() - before
     print(json.dumps(found))
@@ -398,7 +353,7 @@ def _beside(title: str, words: tuple[str, ...], python: str, works: dict[str, tu
             print(f"{title} is not there ({theirs}): pip install memflow volatility3 for --peers", file=sys.stderr)
             return []
         for name, (action, count) in works.items():
-            ours = measure(Pair(name, "ns", action, action, count), 3).subject
+            ours = measure(Pair(name, "ns", action, action, count), 3, time.thread_time_ns).subject
             samples[name][0].append(theirs[name])
             samples[name][1].append(sorted(ours)[1])
     rows = [Row(f"{name}, each", "ns", *both, at_most(1.0)) for name, both in samples.items()]
@@ -455,53 +410,25 @@ SECTIONS: dict[str, Callable[[Image], list[Table]]] = {
 }
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PAGES} pages, 3 rounds")
-    parser.add_argument("--rounds", type=int, help="samples of each figure and side (default 9, quick 3)")
-    parser.add_argument("--unpinned", action="store_true", help="let the scheduler place this program")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections (repeatable)")
-    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="a Python with memflow, volatility3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there; - for the output")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a goal is missed")
-    parser.add_argument("--sparse", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 def main() -> int:
     """The exit code."""
-    arguments = _arguments()
+    parser = options(__doc__, quick=f"{QUICK_PAGES} pages", rounds=(9, 3), sections=SECTIONS)
+    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable, help="a Python with memflow, volatility3")
+    parser.add_argument("--sparse", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     if arguments.sparse:
         return sparse()
     pages = QUICK_PAGES if arguments.quick else PAGES
-    rounds = arguments.rounds or (3 if arguments.quick else 9)
-    tables: list[Table] = []
-    try:
-        with unwinding_on_signals(), scratch_directory(pages * 4096 + 4 * MIB) as directory:
-            image = made(directory, pages, rounds, arguments.peers)
+
+    def work() -> Outcome:
+        with scratch_directory(pages * 4096 + 4 * MIB) as directory:
+            image = made(directory, pages, rounds_of(arguments), arguments.peers)
             if accelerator.library() is None:
                 print(f"without the accelerator: {accelerator.why_not()}", file=sys.stderr)
-            with measuring(None if arguments.unpinned else quietest_cpu()):
-                for name in arguments.only or SECTIONS:
-                    tables += SECTIONS[name](image)
-    except CannotMeasureError as error:
-        print(f"translate.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("translate.py: interrupted", file=sys.stderr)
-        return 130
-    document = {"machine": describe(), "tables": [table.json() for table in tables]}
-    if str(arguments.json) == "-":
-        print(json.dumps(document, indent=1))
-    else:
-        print(f"{describe()}; medians of {rounds} rounds\n")
-        for table in tables:
-            print(table)
-        failed = missed(tables)
-        print(f"{len(failed)} goals missed." if failed else "All goals met.")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 1 if arguments.strict and missed(tables) else 0
+            with pinned(arguments):
+                return Outcome(in_sections(arguments, SECTIONS, image))
+
+    return finish(arguments, work)
 
 
 if __name__ == "__main__":

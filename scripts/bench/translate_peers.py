@@ -8,6 +8,7 @@ Prints one JSON object: nanoseconds of each work, or `missing`: why there are no
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -90,9 +91,16 @@ def volatility(path: str, dtb: int) -> dict[str, float]:
 
 def main() -> int:
     """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    peers = parser.add_subparsers(dest="peer", required=True)
+    one = peers.add_parser("memflow", help="reads of its dummy process")
+    one.add_argument("size", type=int, help="bytes of the process")
+    two = peers.add_parser("volatility", help="translations and reads through its layer Intel32e")
+    two.add_argument("file", help="the image")
+    two.add_argument("dtb", type=int, help="physical address of the top page table")
+    asked = parser.parse_args()
     try:
-        found = memflow(int(sys.argv[2])) if sys.argv[1] == "memflow" else volatility(sys.argv[2], int(sys.argv[3]))
-        print(json.dumps(found))
+        print(json.dumps(memflow(asked.size) if asked.peer == "memflow" else volatility(asked.file, asked.dtb)))
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
     return 0

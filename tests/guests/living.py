@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ending import ends_with_us
 from guests.catalogue import MACHINES
 from guests.kernels import GuestError, MissingError, provide
 from guests.machine import BOOT_LIMIT
 from guests.monitor import Monitor, Serial
 from guests.program import compiled, initramfs
 from guests.truth import Truth
-from support import ends_with_us
 
 
 @dataclass

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from ending import ends_with_us
 from guests.catalogue import MACHINES, Guest
 from guests.kernels import GuestError, MissingError, provide
 from guests.monitor import Debugger, Monitor, Serial
 from guests.program import compiled, initramfs
 from guests.truth import Truth, parse_sections
-from support import ends_with_us
 
 BOOT_LIMIT = 240.0
 """Seconds for a boot on a busy machine; alone it takes two to ten."""

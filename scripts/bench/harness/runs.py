@@ -121,6 +121,13 @@ class Runner:
         return max((s.disturbance for kept in self.samples.values() for s in kept), default=0.0)
 
     @property
+    def remark(self) -> str:
+        """What is to be said where others disturbed even the best samples."""
+        if self.disturbance <= DISTURBED:
+            return ""
+        return f"Other programs took up to {self.disturbance:.0%} of the CPU: run again on a quieter machine."
+
+    @property
     def other_cpu(self) -> int | None:
         """A CPU beside the one of the daemons; None where there is none, or nothing is pinned."""
         if self.cpu is None:
