@@ -57,7 +57,7 @@ _SERVING = 1
 
 SHORTCUTS = 64
 READY, SERVED, BUSY, USED, COUNTS = range(5)
-_WRITABLE, _NOWAIT = 1, 2
+_WRITABLE, _NOWAIT, _TELLS_HOLES = 1, 2, 4
 
 
 class _Way(ctypes.Structure):
@@ -129,7 +129,7 @@ class Shim:
         if way is None:
             self._set(_Way(handle=handle))
             return
-        flags = _WRITABLE * way.writable | _NOWAIT * way.nowait
+        flags = _WRITABLE * way.writable | _NOWAIT * way.nowait | _TELLS_HOLES * way.tells_holes
         expires = int(min(way.until, until) * 1e9)
         where = (way.descriptor, way.pagemap, way.pid, way.pidfd)
         self._set(_Way(handle, way.base, way.size, way.mapping, way.mapped, expires, *where, flags))

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ SOURCE = "accelerator.c"
 OPTIONS = ("-O2", "-pthread")
 _from_buffer: Callable[..., ctypes.Array[ctypes.c_char]] = (ctypes.c_char * 1).from_buffer
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint64
+_T = TypeVar("_T")
 
 
 class Library:
@@ -90,19 +92,23 @@ def why_not() -> str | None:
 
 def _find() -> None:
     try:
-        if os.environ.get(SWITCH, "").lower() not in ("", "0", "no"):
-            raise NotCompiledError(f"{SWITCH} turns it off")
-        source = Source("accelerator", _text(), OPTIONS)
-        _Loaded.library, _Loaded.reason = load(source, Library), None
+        _Loaded.library, _Loaded.reason = opened(SOURCE, Library), None
     except (NotCompiledError, OSError, AttributeError) as error:
         _Loaded.reason = str(error)
         log.info("page tables are walked without the accelerator: %s", error)
 
 
-def _text() -> bytes:
+def opened(name: str, make: Callable[[str], _T]) -> _T:
+    """What `make` makes of the path of one of the files in `native/`, compiled.
+
+    Raises NotCompiledError where that is not wanted or cannot be, OSError, AttributeError.
+    """
+    if os.environ.get(SWITCH, "").lower() not in ("", "0", "no"):
+        raise NotCompiledError(f"{SWITCH} turns it off")
     # Not by importlib.resources, which takes 7 ms to import: numpy cannot be used out of an archive either.
-    with open(os.path.join(os.path.dirname(__file__), "native", SOURCE), "rb") as file:
-        return file.read()
+    with open(os.path.join(os.path.dirname(__file__), "native", name), "rb") as file:
+        text = file.read()
+    return load(Source(name.removesuffix(".c"), text, OPTIONS), make)
 
 
 @contextlib.contextmanager

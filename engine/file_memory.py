@@ -476,10 +476,15 @@ class FileMemory(Memory):
             return None
         if self.backing is not Backing.MEMORY:
             return Shortcut(descriptor, descriptor.number, writable=self.writable, nowait=True)
-        mapping = self._mapped(descriptor, 1)
+        # Whom the file does not belong to, mincore(2) tells that all is there (can_do_mincore of mm/mincore.c): a hole
+        # of a guest's RAM may be given a page then.
+        tells = self._fills_holes or os.fstat(descriptor.number).st_uid == os.geteuid()
+        mapping = self._mapped(descriptor, 1, fills=tells)
         start, length = (0, 0) if mapping is None else (mapping[1].ctypes.data, mapping[1].nbytes)
         keeper = descriptor, mapping
-        return Shortcut(keeper, descriptor.number, writable=self.writable, mapping=start, mapped=length)
+        return Shortcut(
+            keeper, descriptor.number, writable=self.writable, mapping=start, mapped=length, tells_holes=tells
+        )
 
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""

@@ -51,9 +51,11 @@ class Shortcut:
     """By preadv2(2) with RWF_NOWAIT: anything else might have to wait."""
     mapping: int = 0
     """Where in this program the bytes from 0 to `mapped` stand; 0: nowhere. For system calls alone, and while fstat(2)
-    says that the file is as long and has no hole, see `FileMemory.borrow`.
+    says that the file is as long and has no hole, or mincore(2) that there is none, see `FileMemory.borrow`.
     """
     mapped: int = 0
+    tells_holes: bool = False
+    """mincore(2) of the mapping says which pages the file has in memory; else it may say so of all."""
     pagemap: int = -1
     """Of a process: a piece is read only where the entries of this file say that all of its pages are present."""
     pid: int = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.oslayers.native import descriptors, mappings, pagemap
+from engine.oslayers.native import descriptors, mappings, pagemap, usual
 
 PAGE = 4096
 SOURCE = Path(__file__).with_suffix(".c")
@@ -63,7 +63,7 @@ def figures(pid: int) -> dict[str, int]:
     return {name: found[name] for name in ("VmRSS", "VmPTE", "RssShmem", "RssAnon", "Anonymous", "Referenced")}
 
 
-KERNELS = ("as it is", "without ioctls", "without pagemap", "without process_vm_readv")
+KERNELS = ("as it is", "without ioctls", "without pagemap", "without process_vm_readv", "without a compiler")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
@@ -76,5 +76,7 @@ def without(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
         monkeypatch.setattr(
             descriptors, "_open_one", lambda path, flags: -1 if path.endswith("pagemap") else original(path, flags)
         )
+    if kernel == "without a compiler":
+        monkeypatch.setattr(usual, "library", lambda: None)
     if kernel == "without process_vm_readv":  # before Linux 5.3, which has no pidfd
         monkeypatch.delattr(os, "pidfd_open")

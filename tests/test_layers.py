@@ -94,7 +94,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.oslayers.native": ("engine.oslayers.native.*",),
     "engine.oslayers.native.*": (
         "engine.oslayer", "engine.elf_modules", "engine.formats.*", "engine.mounts", "engine.file_memory",
-        "engine.containers", "engine.oslayers.native.*",
+        "engine.containers", "engine.accelerator", "engine.oslayers.native.*",
     ),
     "engine.announced": (),
     "engine.registry": ("engine.connector", "engine.oslayer", "engine.announced"),

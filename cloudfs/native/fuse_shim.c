@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -166,7 +167,7 @@ int reply_open(fuse_req_t request, const struct fuse_file_info *info) {
  */
 
 enum { SHORTCUTS = 64, ROOM = 1 << 20, PAGES = 257, VECTOR_BYTES = 32 << 10, LENT_BYTES = 16 << 10 };
-enum { WRITABLE = 1, NOWAIT = 2 };
+enum { WRITABLE = 1, NOWAIT = 2, TELLS_HOLES = 4 };
 enum { READY, SERVED, BUSY, USED, COUNTS };
 
 static const int64_t TURN = 2000000; /* ns after which trio's other tasks have their turn */
@@ -255,13 +256,32 @@ static int fetch(const struct shortcut *way, uint64_t address, size_t size) {
 }
 
 /*
+ * Whether a file has every page of a piece of its mapping in memory: what is a hole would get a page by being read
+ * there. That of a guest is full of holes; a page of one costs 0.02 us to ask for, to copy it twice instead 0.3.
+ */
+static int held(const struct shortcut *way, uint64_t address, size_t size, const struct stat *file) {
+    unsigned char pages[PAGES];
+    uint64_t first = address >> page_shift << page_shift, count = ((address + size - 1) >> page_shift) -
+                                                                 (address >> page_shift) + 1;
+    if (file->st_blocks * 512 >= file->st_size)
+        return 1;
+    if (!(way->flags & TELLS_HOLES) || count > PAGES ||
+        mincore((char *)(uintptr_t)way->mapping + first, count << page_shift, pages))
+        return 0;
+    for (uint64_t i = 0; i < count; i++)
+        if (!(pages[i] & 1))
+            return 0;
+    return 1;
+}
+
+/*
  * Where all of a piece stands, or NULL: in the mapping, where it is long, or in `room`. A file may be cut at any
- * moment: of its mapping the kernel answers EFAULT, and who asked gets EIO. A hole would get a page by its mapping.
+ * moment: of its mapping the kernel answers EFAULT, and who asked gets EIO.
  */
 static const void *find(const struct shortcut *way, uint64_t address, size_t size) {
     struct stat file;
     if (size >= LENT_BYTES && address + size <= way->mapped && fstat(way->descriptor, &file) == 0 &&
-        address + size <= (uint64_t)file.st_size && file.st_blocks * 512 >= file.st_size)
+        address + size <= (uint64_t)file.st_size && held(way, address, size, &file))
         return (const char *)(uintptr_t)way->mapping + address;
     return fetch(way, address, size) ? room : NULL;
 }

@@ -10,11 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
 from collections.abc import Callable
 
-from engine.accelerator import SWITCH
-from engine.compiled import NotCompiledError, Source, load
+from engine.accelerator import opened
+from engine.compiled import NotCompiledError
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +46,7 @@ def decompress(packed: bytes | memoryview, size: int, most: int | None = None) -
 def compiled() -> Function | None:
     """What does it in C; None where there is no compiler, or the environment variable of the accelerator forbids it."""
     try:
-        if os.environ.get(SWITCH, "").lower() not in ("", "0", "no"):
-            raise NotCompiledError(f"{SWITCH} turns it off")
-        with open(os.path.join(os.path.dirname(__file__), "..", "..", "native", _SOURCE), "rb") as file:
-            library = load(Source("lzo", file.read()), ctypes.CDLL)
-        function = library.cloudfs_lzo1x
+        function = opened(_SOURCE, ctypes.CDLL).cloudfs_lzo1x
     except (NotCompiledError, OSError, AttributeError) as error:
         log.info("pages packed by LZO are unpacked in Python: %s", error)
         return None

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from engine.errors import FaultError
 from engine.memory import Addresses, Rows
-from engine.oslayers.native import vectors
+from engine.oslayers.native import usual, vectors
 from engine.oslayers.native.descriptors import Descriptors, Walk
 from engine.oslayers.native.mappings import AddressSpaceGoneError
 from engine.oslayers.native.pagemap import HELD, LEAST_HELD, PAGE_SHIFT, SCAN_PAGES, TOP_BYTE
@@ -28,6 +28,8 @@ WIDEST_ROW = 64 << 10
 NEAR_PAGES = 48
 """Pages so far apart are looked up together: one costs 0.01 to 0.03 us, a call 1 us (measured)."""
 
+LEAST_ROWS = 4
+"""Rows for which C is asked to look their pages up."""
 BLOCK_ROWS = 1 << 14
 """Rows that are looked up together: bounds what one call holds of pagemap to some megabytes."""
 
@@ -52,6 +54,9 @@ def held_pages(files: Descriptors, addresses: Addresses, width: int) -> tuple[In
     if files.pagemap < 0:
         pages = (last - first).astype(np.intp) + 1
         return pages, pages
+    found = usual.library() if len(addresses) >= LEAST_ROWS else None
+    if found is not None:
+        return usual.held_pages(found, files, addresses, width), (last - first).astype(np.intp) + 1
     order = np.argsort(first, kind="stable")
     begin, reach = first[order], np.maximum.accumulate(last[order])
     cuts = np.flatnonzero(begin[1:] > reach[:-1] + np.uint64(NEAR_PAGES)) + 1

@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.errors import FaultError, FaultKind, ReadOnlyError
 from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
-from engine.oslayers.native import columns, transfer, vectors
+from engine.oslayers.native import columns, transfer, usual, vectors
 from engine.oslayers.native.descriptors import Descriptors, NoMemoryError, open_descriptors
 from engine.oslayers.native.extents import data_runs
 from engine.oslayers.native.looks import LOOKS
@@ -183,6 +183,9 @@ class NativeMemory(Memory):
         files, size = self._files, len(buffer)
         if files is None or not 0 < size <= CHUNK:
             return False
+        found = usual.library() if size >= usual.LEAST and files.pagemap >= 0 else None
+        if found is not None:
+            return usual.read(found, files, address, buffer, swapped=wanted is HELD)
         first = address >> PAGE_SHIFT
         count = (address + size - 1 >> PAGE_SHIFT) - first + 1
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from native_program import PAGE, PATTERN
 from support import require
 
 from engine.errors import FaultError, ProcessExitedError
-from engine.oslayers.native import descriptors, vectors
+from engine.oslayers.native import descriptors, usual, vectors
 from engine.oslayers.native.looks import LOOKS
 from engine.oslayers.native.pagemap import PRESENT, Scanner, joined
 
@@ -37,8 +38,29 @@ def test_a_process_that_ends_while_it_is_read_by_pid_gives_no_bytes(layer, targe
         return len(view)
 
     monkeypatch.setattr(vectors, "read_span", read_another_one)
+    monkeypatch.setattr(usual, "library", lambda: None)
     with pytest.raises(ProcessExitedError):
         memory.readinto(target.pattern, memoryview(bytearray(1 << 20)))
+
+
+def test_what_c_reads_of_another_process_with_that_pid_or_of_memory_that_is_gone_does_not_count(layer, target, start):
+    memory, other = layer.process(target.pid).memory, start()
+    memory.u64(target.pattern)
+    files, buffer = memory._files, memoryview(bytearray(1 << 17))
+    require(usual.library(), "there is no C compiler")
+    ended = os.pidfd_open(other.pid)
+    gone = os.open(f"/proc/{other.pid}/pagemap", os.O_RDONLY)
+    other.end()
+    read = partial(usual.read, usual.library(), files, target.pattern, buffer, swapped=False)
+    assert read()
+    for name, stale in (("pidfd", ended), ("pagemap", gone)):
+        real = getattr(files, name)
+        setattr(files, name, stale)
+        assert not read(), name
+        setattr(files, name, real)
+        os.close(stale)
+    assert read()
+    assert buffer[:8] == PATTERN[:8]
 
 
 def test_a_process_that_ends_while_rows_are_read_by_pid_gives_no_bytes(layer, target, monkeypatch):
