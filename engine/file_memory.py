@@ -39,6 +39,7 @@ from engine.errors import (
     SourceFaultError,
     UnusableTargetError,
 )
+from engine.floors import Ground
 from engine.leases import Lease, take
 from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows
 from engine.middleware import truth
@@ -485,6 +486,13 @@ class FileMemory(Memory):
         return Shortcut(
             keeper, descriptor.number, writable=self.writable, mapping=start, mapped=length, tells_holes=tells
         )
+
+    def floor(self) -> Ground | None:
+        """See `engine.floors`: of a file in memory, where nothing has to be waited for."""
+        descriptor = self._descriptor
+        if descriptor is None or self.backing is not Backing.MEMORY:
+            return None
+        return Ground(descriptor.number, descriptor, lambda: self._descriptor is descriptor)
 
     def close(self) -> None:
         """Drop descriptor and mapping; a reader at work keeps its own reference until it is done."""

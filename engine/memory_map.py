@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, InvalidArgumentError, NotFoundError
+from engine.floors import Ranges
 from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
 from engine.records import dataclass
 from engine.types import ADDRESS_SPACE, Extent, Shortcut
@@ -306,6 +307,10 @@ class MappedMemory(Memory):
         first = self._ranges[0]
         shift = first.real_base - first.base
         return replace(found, base=found.base + shift, size=min(first.stop, max(0, found.size - shift)))
+
+    def floor(self) -> Ranges:
+        """See `engine.floors`."""
+        return Ranges([(entry.base, entry.length, entry.real_base) for entry in self._ranges], self.source)
 
     def cached(self) -> Memory:
         """See `Memory.cached`: over one of the source, where that keeps anything."""

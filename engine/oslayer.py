@@ -148,7 +148,11 @@ class Process(Capable):
     @property
     @abstractmethod
     def memory(self) -> Memory:
-        """Its virtual memory; offset = address."""
+        """Its virtual memory; offset = address.
+
+        What comes of a read was the process's: where its pages may be another's by the end of it, the memory looks
+        then whether the process is the same still, and raises ProcessExitedError where it is not.
+        """
 
     @abstractmethod
     def regions(self) -> Iterator[Region]:

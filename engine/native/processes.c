@@ -4,7 +4,7 @@
  * by single system calls.
  */
 #define _GNU_SOURCE
-#include <errno.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -13,9 +13,6 @@
 #include <unistd.h>
 
 #define PUBLIC __attribute__((visibility("default")))
-#ifndef SYS_pidfd_send_signal
-#define SYS_pidfd_send_signal 424 /* Linux 5.1; the same on all machines but alpha */
-#endif
 
 typedef uint64_t u64;
 
@@ -28,10 +25,11 @@ struct region {
 };
 #define SCAN _IOWR('f', 16, struct scan)
 
-enum { ENTRIES = 512, NEAR = 8, SCANS = 1, SWAPPED_TOO = 2, BY_PID = 4 };
+enum { ENTRIES = 512, REGIONS = 64, NEAR = 48, HUGE = 512, FAR = 1 << 18 };
+enum { SCANS = 1, SWAPPED_TOO = 2, BY_PID = 4 };
 static const u64 PRESENT = UINT64_C(1) << 63, SWAPPED = UINT64_C(1) << 62;
-static const u64 IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4;
-static const u64 SCAN_PAGES = 64; /* from so many on the ioctl is the faster way */
+static const u64 IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4, IS_HUGE = 1 << 6;
+static const u64 SCAN_PAGES = 8; /* from so many on the ioctl is the faster way */
 
 static int scanned(int pagemap, u64 start, u64 stop, u64 categories)
 {
@@ -61,55 +59,131 @@ static int held(int pagemap, u64 first, u64 count, unsigned shift, int how)
     return 1;
 }
 
-/* Whether the address space still is there that this pagemap is of. */
-static int there(int pagemap)
+/* Whether the address space still is there that this pagemap is of: a scan of nothing is half a look at an entry. */
+static int there(int pagemap, int how)
 {
+    struct scan scan = {.size = sizeof scan, .any = IS_PRESENT};
     u64 entry;
+    if (how & SCANS)
+        return ioctl(pagemap, SCAN, &scan) == 0;
     return pread(pagemap, &entry, sizeof entry, 0) == sizeof entry;
 }
+
+/* Whether a process has not ended: its PID is nobody else's then. */
+static int lives(int pidfd)
+{
+    struct pollfd watched = {pidfd, POLLIN, 0};
+    return poll(&watched, 1, 0) == 0;
+}
+
+/* The arguments of `cloudfs_read_held`, packed. */
+struct request {
+    u64 address, size;
+    void *out;
+    int32_t mem, pagemap, pidfd, pid, shift, how;
+};
 
 /* Fill `out` with `size` bytes from `address` on; 0, and anything in `out`, where that is not the usual case.
  *
  * `how` is made of SCANS (the ioctl works), SWAPPED_TOO (a page in swap may be read), BY_PID (process_vm_readv, and a
  * look afterwards at whom the PID means). `shift` is that of a page. */
-PUBLIC int cloudfs_read_held(int mem, int pagemap, int pidfd, int pid, u64 address, void *out, u64 size, unsigned shift,
-                             int how)
+PUBLIC int cloudfs_read_held(const struct request *of)
 {
-    struct iovec here = {out, size}, there_ = {(void *)(uintptr_t)address, size};
-    u64 first = address >> shift, last = (address + size - 1) >> shift;
-    if (!size || address + size - 1 < address || !held(pagemap, first, last - first + 1, shift, how))
+    struct iovec here = {of->out, of->size}, remote = {(void *)(uintptr_t)of->address, of->size};
+    u64 first = of->address >> of->shift, last = (of->address + of->size - 1) >> of->shift;
+    if (!of->size || last < first || !held(of->pagemap, first, last - first + 1, (unsigned)of->shift, of->how))
         return 0;
-    if (!(how & BY_PID))
-        return preadv(mem, &here, 1, (off_t)address) == (ssize_t)size;
-    return syscall(SYS_process_vm_readv, pid, &here, 1, &there_, 1, 0) == (long)size && there(pagemap) &&
-           (syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) == 0 || errno == EPERM);
+    if (!(of->how & BY_PID))
+        return pread(of->mem, of->out, of->size, (off_t)of->address) == (ssize_t)of->size;
+    return syscall(SYS_process_vm_readv, of->pid, &here, 1, &remote, 1, 0) == (long)of->size &&
+           there(of->pagemap, of->how) && lives(of->pidfd);
 }
 
-/* How many of its pages each of `count` rows of `width` bytes has, in memory or in swap, into `found`.
- *
- * Entries are read for each row alone, until rows that ascend lie near one another: then ever more at a time. */
-PUBLIC void cloudfs_held_pages(int pagemap, const u64 *addresses, u64 count, u64 width, unsigned shift, u64 *found)
+/* -- which pages of many rows are held ------------------------------------------------------------------------- */
+
+/* Pages from `begin` to `end` of which it is known: by their entries, or by the regions in which they are held. */
+struct window {
+    u64 begin, end, ahead;
+    u64 count, at; /* regions, and the one that was looked at last: pages ascend, but for a few of a row before */
+    union {
+        u64 entries[ENTRIES];
+        struct region regions[REGIONS];
+    };
+};
+
+/* Look at pages from `page` on, at least up to `last` and at most up to `limit`. What of them cannot be known is not
+ * held. Pages ahead are looked at where that is cheap: where rows lie near one another, or pages are huge. */
+static void look(struct window *window, int pagemap, u64 page, u64 last, u64 limit, unsigned shift)
 {
-    u64 entries[ENTRIES], begin = 0, have = 0, ahead = 0;
+    u64 stop = last + 1 + (window->ahead < limit - last ? window->ahead : limit - last - 1), huge = 0;
+    struct scan scan = {sizeof scan, 0, page << shift, stop << shift, 0, (u64)(uintptr_t)window->regions, REGIONS,
+                        0, 0, 0, IS_PRESENT | IS_SWAPPED, IS_HUGE};
+    int near = window->end && page >= window->begin && page < window->end + NEAR, found = ioctl(pagemap, SCAN, &scan);
+    window->begin = page;
+    window->at = 0;
+    window->count = found < 0 ? 0 : (u64)found;
+    window->end = found < 0 ? page + 1 : scan.walk_end >> shift;
+    if (window->end <= page)
+        window->end = page + 1;
+    for (u64 index = 0; index < window->count; index++)
+        if (window->regions[index].categories & IS_HUGE)
+            huge += (window->regions[index].stop - window->regions[index].start) >> shift;
+    if (2 * huge >= window->end - page)
+        window->ahead = window->ahead < FAR / 2 ? 2 * window->ahead + HUGE : FAR;
+    else
+        window->ahead = !near ? 0 : window->ahead < ENTRIES / 2 ? 2 * window->ahead + NEAR : ENTRIES;
+}
+
+static int in_region(struct window *window, u64 address)
+{
+    while (window->at && window->regions[window->at].start > address)
+        window->at--;
+    while (window->at < window->count && window->regions[window->at].stop <= address)
+        window->at++;
+    return window->at < window->count && window->regions[window->at].start <= address;
+}
+
+/* The same by entries, before Linux 6.7. */
+static void look_at_entries(struct window *window, int pagemap, u64 page, u64 last)
+{
+    u64 wanted = last - page + 1 + window->ahead;
+    int near = window->end && page >= window->begin && page < window->end + NEAR;
+    ssize_t size;
+    wanted = wanted < ENTRIES ? wanted : ENTRIES;
+    size = pread(pagemap, window->entries, wanted * sizeof *window->entries, (off_t)(page * sizeof *window->entries));
+    window->begin = page;
+    window->end = page + (size < 0 ? 0 : (u64)size / sizeof *window->entries);
+    if (window->end == page) {
+        window->end++;
+        window->entries[0] = 0;
+    }
+    window->ahead = near ? 2 * window->ahead + NEAR : 0;
+}
+
+/* How many of its pages each of `count` rows of `width` bytes, which ascend, has in memory or in swap, into `found`. */
+PUBLIC void cloudfs_held_pages(int pagemap, const u64 *addresses, u64 count, u64 width, unsigned shift, int how,
+                               u64 *found)
+{
+    struct window window;
+    u64 limit = count ? (addresses[count - 1] + width - 1) >> shift : 0;
+    window.begin = window.end = window.ahead = window.count = window.at = 0;
     for (u64 row = 0; row < count; row++) {
         u64 first = addresses[row] >> shift, last = (addresses[row] + width - 1) >> shift, number = 0;
         if (last < first)
             last = first; /* over 2^64: it faults in its first page or behind */
+        if (limit < last)
+            limit = last;
         for (u64 page = first; page <= last; page++) {
-            if (page < begin || page - begin >= have) {
-                u64 wanted = last - page + 1;
-                ssize_t size;
-                ahead = have && page >= begin && page - begin < have + NEAR ? 2 * ahead + NEAR : 0;
-                wanted = wanted + ahead < ENTRIES ? wanted + ahead : ENTRIES;
-                size = pread(pagemap, entries, wanted * sizeof *entries, (off_t)(page * sizeof *entries));
-                begin = page;
-                have = size < 0 ? 0 : (u64)size / sizeof *entries;
-                if (!have) {
-                    have = 1;
-                    entries[0] = 0;
-                }
+            if (page < window.begin || page >= window.end) {
+                if (how & SCANS)
+                    look(&window, pagemap, page, last, limit + 1, shift);
+                else
+                    look_at_entries(&window, pagemap, page, last);
             }
-            number += !!(entries[page - begin] & (PRESENT | SWAPPED));
+            if (how & SCANS)
+                number += (u64)in_region(&window, page << shift);
+            else
+                number += !!(window.entries[page - window.begin] & (PRESENT | SWAPPED));
         }
         found[row] = number;
     }

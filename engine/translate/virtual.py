@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, FaultKind, InvalidArgumentError
+from engine.floors import Floor
 from engine.memory import (
     COLUMN_THRESHOLD,
     NO_FAULTS,
@@ -30,10 +31,15 @@ from engine.memory import (
 from engine.translate.bulk import BUFFER, Blocks, WalkReport, blocks, translate
 from engine.translate.maps import coalesced, mapped_extents, mappings_of, physical_maps
 from engine.translate.mmu import AbsentHook, EntryKind, Root, Translation, Walker, covered
+from engine.translate.tower import Tower, space_on, tower_of
 from engine.types import ADDRESS_SPACE, Extent, PhysicalMap, Rights
 
 BULK_PAGES = 12
 """From so many pages on one vectorised walk is faster than as many scalar ones (measured)."""
+TOWER_PAUSE = 256
+"""Reads until it is tried again whether C can do them all the way down (`tower`)."""
+TOWER_BYTES = 1 << 20
+"""Larger reads are translated in one pass (measured)."""
 KEPT_PAGES = 4
 """From more pages on a walker of one's own, which remembers the last table, pays (measured)."""
 BATCH_PAGES = 1 << 14
@@ -63,6 +69,8 @@ class VirtualMemory(Memory):
         self.roots = tuple(roots)
         self.absent = absent
         self.keep = keep
+        self._tower: Tower | None = None
+        self._tower_pause = TOWER_PAUSE if keep else 0
         self._tables = physical.for_tables()
         constants = physical.for_constants()
         self._constants = None if constants is physical else constants
@@ -96,6 +104,40 @@ class VirtualMemory(Memory):
     def cached(self) -> VirtualMemory:
         """See `Memory.cached`: remembers page tables until it is thrown away."""
         return type(self)(self.physical.cached(), self.roots, self.absent, keep=True)
+
+    # -- all the way down in C ---------------------------------------------------------------------------
+
+    def floor(self) -> Floor | None:
+        """See `engine.floors`: one tree of page tables over a memory that is read as it is."""
+        if len(self.roots) != 1 or self._constants is not None or self._tables is not self.physical:
+            return None
+        return space_on(self.physical, self.roots[0])
+
+    def tower(self) -> Tower | None:
+        """What reads from here down to the ground in one call; None where nothing does. None of a view that keeps."""
+        tower = self._tower
+        if tower is None:
+            if self._tower_pause:
+                self._tower_pause -= not self.keep
+                return None
+        elif tower.stands():
+            return tower
+        tower = self._tower = tower_of(self)
+        if tower is None:
+            self._tower_pause = TOWER_PAUSE
+        return tower if tower is not None and tower.stands() else None
+
+    def _word(self, address: int, size: int) -> int | None:
+        """The word there; None where it has to be read by single steps."""
+        tower = self.tower()
+        return None if tower is None else tower.word(address, size)
+
+    def read_down(self, address: int, buffer: memoryview) -> bool:
+        """See `engine.floors.Deep`."""
+        if not 0 < len(buffer) <= TOWER_BYTES:
+            return False
+        tower = self.tower()
+        return tower is not None and tower.readinto(address, buffer)
 
     # -- one address -----------------------------------------------------------------------------------
 
@@ -134,6 +176,8 @@ class VirtualMemory(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
+        if self.read_down(address, buffer):
+            return
         if self._constants is not None:
             self._read_by_kind(address, buffer, self._constants)
             return
@@ -234,6 +278,9 @@ class VirtualMemory(Memory):
         """See `Memory.read_nowait`."""
         if self.physical.may_block or (address & self._step - 1) + size > self._step:
             return None
+        buffer = bytearray(size)
+        if self.read_down(address, memoryview(buffer)):
+            return bytes(buffer)
         try:
             return self.physical.read_nowait(self.virt_to_phys(address), size)
         except FaultError:
@@ -260,6 +307,9 @@ class VirtualMemory(Memory):
 
     def u8(self, address: int) -> int:
         """See `Memory.u8`."""
+        word = self._word(address, 1)
+        if word is not None:
+            return word
         physical = self._walker(address).find(address)[0]
         try:
             return self.physical.u8(physical)
@@ -268,6 +318,9 @@ class VirtualMemory(Memory):
 
     def u32(self, address: int) -> int:
         """See `Memory.u32`."""
+        word = self._word(address, 4)
+        if word is not None:
+            return word
         if address & self._step - 1 > self._step - 4:
             return super().u32(address)
         physical = self._walker(address).find(address)[0]
@@ -278,6 +331,9 @@ class VirtualMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
+        word = self._word(address, 8)
+        if word is not None:
+            return word
         if address & self._step - 1 > self._step - 8:
             return super().u64(address)
         physical = self._walker(address).find(address)[0]

@@ -1,20 +1,25 @@
 """Memory of guests that QEMU runs: each way to it against the least that the kernel offers for the same bytes.
 
-    .venv/bin/python scripts/bench/qemu.py [--quick] [--only SECTION] [--json FILE]
+    .venv/bin/python scripts/bench/qemu.py [--quick] [--only SECTION] [--peers PYTHON] [--json FILE]
 
 The guests are made as for the tests: a QEMU that stands still, its RAM filled, and a guest in a guest (made once, in a
-minute). Every ratio is time of the engine by time of the baseline, both measured in turn.
+minute). Every ratio is time of the engine by time of the baseline, both measured in turn; through the mount it is speed
+by speed, as in mount.py. PYTHON is one that has leechcorepyc (pip install leechcorepyc into a venv of its own).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
-import struct
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before tests/eng
 from guests.kernels import GuestError
 from guests.living import Living, qemu
 from guests.nested import nested
+from harness import figures
 from harness.daemons import mounted
-from harness.machine import CannotMeasureError, cloudfs_program, require_fuse
+from harness.figures import KIB, MIB, Amounts
+from harness.machine import HERE, CannotMeasureError, build, cloudfs_program, quietest_cpu, require_fuse
 from harness.program import Outcome, finish, in_sections, options, pinned, rounds_of
 from harness.remote import Addresses, RemoteReader
-from harness.table import Goal, Table, at_most
-from harness.timing import Action, Pair, each, tabled
+from harness.runs import Runner, Side
+from harness.table import Goal, Row, Table, at_least, at_most
+from harness.timing import Action, Pair, each, measure, tabled
 
 import engine
 from engine.oslayer import Base
@@ -38,10 +46,11 @@ from engine.oslayers.native import NativeLayer
 from engine.registry import load_connector
 from engine.targets import chain_of, open_chain
 
-KIB, MIB = 1 << 10, 1 << 20
 PAGE, PAGES = 4 * KIB, 1024
 SCALARS = 1000
-_UNPACK = struct.Struct("<Q").unpack_from
+SEED = 3
+PEER_TIME = 120
+C, CLOUDFS = "C libfuse", "cloudfs"
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,9 @@ class Bench:
 
     size: int
     rounds: int
+    amounts: Amounts
+    cpu: int | None
+    peers: str | None
 
     def table(self, title: str, baseline: str, pairs: Iterator[Pair]) -> Table:
         """The measured pairs."""
@@ -57,12 +69,13 @@ class Bench:
 
     @contextlib.contextmanager
     def guest(self, ram: str) -> Iterator[Living]:
-        """A QEMU that stands still, every page of its RAM written to."""
+        """A QEMU that stands still, its RAM written to but for the first MiB, which its firmware left full of holes."""
         with qemu(ram, size=self.size // MIB, more=["-S"]) as living:
             block = os.urandom(MIB)
+            base = living.host_address(MIB) - MIB
             with open(f"/proc/{living.pid}/mem", "r+b", buffering=0) as file:
                 for address in range(MIB, self.size, MIB):
-                    file.seek(living.host_address(MIB) - MIB + address)
+                    file.seek(base + address)
                     file.write(block)
             yield living
 
@@ -93,6 +106,31 @@ def _same(found: bytes, wanted: bytes) -> None:
         raise CannotMeasureError("the engine gives other bytes than the baseline: nothing was measured")
 
 
+# -- guest-physical memory --------------------------------------------------------------------------------
+
+
+def by_mem_pairs(memory: engine.Memory, living: Living, size: int) -> Iterator[Pair]:
+    """Beside /proc/PID/mem of its QEMU, by preadv(2)."""
+    base = living.host_address(MIB) - MIB
+    with open(f"/proc/{living.pid}/mem", "rb", buffering=0) as file:
+        number = file.fileno()
+        for width, name in ((PAGE, "4 KiB"), (MIB, "1 MiB")):
+            places, buffer = _places(64, size, PAGE).tolist(), memoryview(bytearray(width))
+            _same(memory.read(places[0], width), os.pread(number, width, base + places[0]))
+            theirs = each(lambda at, b=buffer: os.preadv(number, [b], base + at), places)
+            title = f"readinto of {name}, /proc/PID/mem"
+            yield Pair(title, "us", theirs, _reads(memory, places, width), 64)
+        pages, out = _places(PAGES, size, PAGE), np.empty((PAGES, PAGE), np.uint8)
+        rows = list(zip(pages.tolist(), (row.data for row in out), strict=True))
+
+        def loop() -> None:
+            for at, row in rows:
+                os.preadv(number, [row], base + at)
+
+        title = f"scatter of {PAGES} pages, a loop over /proc/PID/mem"
+        yield Pair(title, "us", loop, lambda: memory.gather(pages, out), 1, at_most(1.0))
+
+
 def mapped_pairs(memory: engine.Memory, file: engine.FileMemory, view: memoryview) -> Iterator[Pair]:
     """Beside a plain file: the same file, opened as `raw` opens it; and copies out of a mapping."""
     size = len(view)
@@ -106,7 +144,7 @@ def mapped_pairs(memory: engine.Memory, file: engine.FileMemory, view: memoryvie
         buffer = memoryview(bytearray(width))
         copies = each(lambda at, b=buffer, n=width: b.__setitem__(slice(None), view[at : at + n]), places)
         yield Pair(f"readinto of {name}, memcpy of the mapping", "us", copies, ours, 64)
-    yield _scatter(memory, size, lambda pages, out: file.gather(pages, out), "a raw file", at_most(1.2))
+    yield _scatter(memory, size, file.gather, "a raw file", at_most(1.2))
     rows = np.frombuffer(view, np.uint8).reshape(-1, PAGE)
     take = lambda pages, out: rows.take((pages // PAGE).astype(np.intp), axis=0, out=out, mode="clip")  # noqa: E731
     yield _scatter(memory, size, take, "numpy take of the mapping", None)
@@ -124,16 +162,23 @@ def _scatter(
     return Pair(title, "us", lambda: baseline(pages, one), lambda: memory.gather(pages, two), 1, goal)
 
 
+def _ram_file(living: Living) -> str:
+    """The file that is a guest's RAM, as its QEMU has it open."""
+    folder = f"/proc/{living.pid}/fd"
+    paths = (f"{folder}/{name}" for name in os.listdir(folder))
+    return next(path for path in paths if "memory-backend" in os.readlink(path))
+
+
 def mapped_section(bench: Bench) -> list[Table]:
     """RAM in shared memory."""
     with bench.guest("memfd") as living, opened(living) as memory:
-        folder = f"/proc/{living.pid}/fd"
-        name = next(n for n in os.listdir(folder) if "memory-backend" in os.readlink(f"{folder}/{n}"))
-        file = engine.FileMemory(f"{folder}/{name}", fills_holes=True)
-        with open(f"{folder}/{name}", "rb") as opened_file:
+        path = _ram_file(living)
+        file = engine.FileMemory(path, fills_holes=True)
+        with open(path, "rb") as opened_file:
             view = memoryview(mmap.mmap(opened_file.fileno(), 0, access=mmap.ACCESS_READ))
         title = f"RAM in shared memory (memfd), {bench.size // MIB} MiB"
-        return [bench.table(title, "baseline", mapped_pairs(memory, file, view))]
+        pairs = [mapped_pairs(memory, file, view), by_mem_pairs(memory, living, bench.size)]
+        return [bench.table(title, "baseline", (pair for each_of in pairs for pair in each_of))]
 
 
 def private_pairs(memory: engine.Memory, living: Living, size: int) -> Iterator[Pair]:
@@ -152,27 +197,83 @@ def private_pairs(memory: engine.Memory, living: Living, size: int) -> Iterator[
         goal = at_most(1 / 0.6)
         title = f"readinto of {name}, process_vm_readv"
         yield Pair(title, "us", theirs, _reads(memory, places, width), 64, goal)
-    pages = _places(PAGES, size, PAGE)
-    out = np.empty((PAGES, PAGE), np.uint8)
     page = RemoteReader(living.pid, PAGE)
-    theirs = each(lambda at: page.block(base + at), pages.tolist())
-    title = f"scatter of {PAGES} pages, as many process_vm_readv"
-    yield Pair(title, "us", theirs, lambda: memory.gather(pages, out), 1, at_most(1.0))
+
+    def one_by_one(pages: Addresses, out: np.ndarray) -> None:
+        flat = out.reshape(-1).data
+        for row, at in enumerate(pages.tolist()):
+            page.block(base + at)
+            flat[row * PAGE : (row + 1) * PAGE] = page.buffer
+
+    # It does not ask whether the pages are there: what was never touched would get a page.
+    at_once = lambda pages, out: page.rows(pages + np.uint64(base), out)  # noqa: E731
+    yield _scatter(memory, size, at_once, "one process_vm_readv", at_most(1 / 0.6))
+    yield _scatter(memory, size, one_by_one, "as many process_vm_readv", at_most(1.0))
 
 
 def private_section(bench: Bench) -> list[Table]:
     """RAM that is QEMU's own."""
     with bench.guest("private") as living, opened(living) as memory:
         title = f"Private RAM, {bench.size // MIB} MiB"
-        return [bench.table(title, "baseline", private_pairs(memory, living, bench.size))]
+        pairs = [private_pairs(memory, living, bench.size), by_mem_pairs(memory, living, bench.size)]
+        return [bench.table(title, "baseline", (pair for each_of in pairs for pair in each_of))]
+
+
+def peers_section(bench: Bench) -> list[Table]:
+    """LeechCore's device for QEMU, which needs RAM in a file of /dev/shm."""
+    if bench.peers is None:
+        return []
+    with bench.guest("file") as living, opened(living) as memory:
+        name = str((living.folder / "ram").relative_to("/dev/shm"))
+        words = [bench.peers, str(HERE / "leechcore_peer.py"), name, str(bench.size), "--rounds", str(bench.rounds)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=PEER_TIME, check=True)
+            theirs = json.loads(done.stdout.strip().splitlines()[-1])
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            theirs = {"missing": str(error)}
+        if "missing" in theirs:
+            why = theirs["missing"]
+            print(f"LeechCore is not there ({why}): pip install leechcorepyc for --peers", file=sys.stderr)
+            return []
+        at, found = theirs["first"]
+        _same(memory.read(at, PAGE), bytes.fromhex(found))
+        places, pages = _places(64, bench.size, PAGE).tolist(), _places(PAGES, bench.size, PAGE)
+        out = np.empty((PAGES, PAGE), np.uint8)
+        works: dict[str, tuple[str, Action, int]] = {
+            "4 KiB": ("readinto of 4 KiB", _reads(memory, places, PAGE), 64),
+            "1 MiB": ("readinto of 1 MiB", _reads(memory, places, MIB), 64),
+            "pages": (f"scatter of {PAGES} pages", lambda: memory.gather(pages, out), 1),
+        }
+        rows = []
+        for key, (title, action, count) in works.items():
+            ours = measure(Pair(title, "us", action, action, count), bench.rounds).subject
+            rows.append(Row(title, "us", theirs[key], ours, at_most(1.0)))
+        return [Table(f"RAM in a file of /dev/shm, {bench.size // MIB} MiB", "LeechCore", "engine", rows)]
+
+
+# -- guests in guests -------------------------------------------------------------------------------------
+
+
+def _data_pages(memory: engine.Memory, count: int) -> Addresses:
+    """Pages that hold data, at random."""
+    found: list[Addresses] = []
+    for part in memory.extents():
+        found.append(np.arange(part.start, part.stop, PAGE, np.uint64))
+        if sum(map(len, found)) > 1 << 18:
+            break
+    pages = np.concatenate(found)
+    chance = np.random.default_rng(7)
+    good: list[int] = []
+    while len(good) < count:
+        column = chance.choice(pages, count)
+        faults = memory.gather(column, np.empty((count, 8), np.uint8))
+        good += np.delete(column, faults.rows).tolist()
+    return np.array(good[:count], np.uint64)
 
 
 def level_pairs(below: engine.Memory, above: engine.Memory) -> Iterator[Pair]:
     """The same reads a level lower and a level higher, each at places of its own that hold data."""
-    columns = []
-    for memory in (below, above):
-        pages = np.concatenate([np.arange(part.start, part.stop, PAGE, np.uint64) for part in memory.extents()])
-        columns.append(np.random.default_rng(7).choice(pages, PAGES))
+    columns = [_data_pages(memory, PAGES) for memory in (below, above)]
     outs = [np.empty((PAGES, PAGE), np.uint8) for _ in range(2)]
     words = [np.empty((PAGES, 8), np.uint8) for _ in range(2)]
     few = [column[:256].tolist() for column in columns]
@@ -181,57 +282,104 @@ def level_pairs(below: engine.Memory, above: engine.Memory) -> Iterator[Pair]:
     for name, out in (("words", words), ("pages", outs)):
         yield Pair(
             f"scatter of {PAGES} {name}", "us",
-            lambda out=out: below.gather(columns[0], out[0]), lambda out=out: above.gather(columns[1], out[1]),
+            partial(below.gather, columns[0], out[0]), partial(above.gather, columns[1], out[1]),
         )  # fmt: skip
 
 
+def _listed(layer: engine.OsLayer) -> int:
+    count = 0
+    for process in layer.processes():
+        with contextlib.suppress(engine.ProcessExitedError):
+            count += process.info.pid > 0
+    return count
+
+
+def listing_pairs(outer: engine.OsLayer, inner: engine.OsLayer) -> Iterator[Pair]:
+    """Lists of processes; both guests have a few dozen."""
+    yield Pair("PIDs, all", "ms", outer.pids, inner.pids)
+    yield Pair("records of all processes", "ms", lambda: _listed(outer), lambda: _listed(inner))
+
+
 def nested_section(bench: Bench) -> list[Table]:
-    """What a level of nesting adds."""
+    """What each level adds: host process, guest's physical memory, process in it, and the same once more."""
     links = [("oslayer", "linux"), ("connector", "qemu"), ("oslayer", "linux")]
     tables = []
     for ram in ("memfd", "private"):
-        with nested(ram) as (living, _, _), engine.Machine() as machine:
+        with nested(ram) as (living, pid, _), engine.Machine() as machine:
             open_chain(machine, chain_of(None, [("connector", f"qemu:{living.name}"), *links]))
             outer, inner = (instance.memory for instance in machine.instances("connector"))
-            title = f"A guest in a guest ({ram}): its physical memory, and that of the guest around it"
-            tables.append(bench.table(title, "outer guest", level_pairs(outer, inner)))
+            guest, within = (i.layer for i in machine.instances("oslayer") if i.layer.kind == "linux")
+            host = NativeLayer.open(Base(live=True), {}).process(living.pid)
+            vmm = next(process for process in guest.processes() if process.name.startswith("qemu-system"))
+            levels: list[tuple[str, engine.Memory]] = [
+                ("the QEMU's process", host.memory),
+                ("its guest's physical memory", outer),
+                ("a process of the guest: a QEMU", vmm.memory),
+                ("physical memory of the guest in the guest", inner),
+                ("a process in that", within.process(pid).memory),
+            ]
+            for (below, memory), (above, other) in pairwise(levels):
+                title = f"{above[0].upper()}{above[1:]} ({ram})"
+                tables.append(bench.table(title, below, level_pairs(memory, other)))
+            title = f"Lists of the guest in the guest ({ram})"
+            tables.append(bench.table(title, "outer guest", listing_pairs(guest, within)))
     return tables
 
 
-def mount_pairs(bench: Bench, readers: Sequence[int], goal: Goal | None) -> Iterator[Pair]:
-    """Reads of two files in mounts: of an image, of a guest."""
-    for width, name in ((PAGE, "4 KiB"), (128 * KIB, "128 KiB"), (MIB, "1 MiB")):
-        places = _places(64, bench.size, PAGE).tolist()
-        buffer = memoryview(bytearray(width))
-        _same(os.pread(readers[1], width, places[0]), os.pread(readers[0], width, places[0]))
-        theirs, ours = (each(lambda at, n=number, b=buffer: os.preadv(n, [b], at), places) for number in readers)
-        yield Pair(f"pread of {name} at random", "us", theirs, ours, 64, goal)
+# -- the mount --------------------------------------------------------------------------------------------
+
+
+def _mount_side(bench: Bench, stack: contextlib.ExitStack, name: str, command: Sequence[object], path: str,
+                start: int, folder: Path) -> Side:  # fmt: skip
+    point = folder / f"mount-{name.replace(' ', '-')}"
+    words = [str(word) for word in (*command, point)]
+    daemon = stack.enter_context(mounted(name, words, point, bench.cpu))
+    return Side(name, {"memory": daemon.path(path)}, daemon, start)
 
 
 def mount_section(bench: Bench) -> list[Table]:
-    """phys_mem through the mount: of a guest, and of a live file of its size."""
+    """phys_mem through the mount against C over the same RAM: the ratios of mount.py."""
     require_fuse()
     tables = []
-    for ram in ("memfd", "private"):
-        with bench.guest(ram) as living, contextlib.ExitStack() as stack:
-            copy = living.folder / "copy"
-            with opened(living) as memory, open(copy, "wb") as file:
-                file.writelines(memory.read(address, MIB) for address in range(0, bench.size, MIB))
-            readers = []
-            for name, word in (("raw", f"raw:{copy}:live=yes"), ("qemu", f"qemu:{living.name}")):
-                point = living.folder / f"mount-{name}"
-                command = [str(cloudfs_program()), "mount", "-c", word, str(point)]
-                daemon = stack.enter_context(mounted(name, command, point, None))
-                readers.append(os.open(daemon.path("connector", name, "phys_mem"), os.O_RDONLY))
-                stack.callback(os.close, readers[-1])
-            pairs = mount_pairs(bench, readers, at_most(1.25) if ram == "memfd" else None)
-            tables.append(bench.table(f"phys_mem through the mount ({ram})", "raw file", pairs))
+    with tempfile.TemporaryDirectory(prefix="cloudfs-bench-") as name:
+        tools = build(Path(name))
+        for ram in ("memfd", "private"):
+            with bench.guest(ram) as living, contextlib.ExitStack() as stack:
+                runner = Runner(tools, bench.cpu, bench.rounds, lambda text: print(f"  {text}", file=sys.stderr))
+                base = living.host_address(MIB) - MIB
+                if ram == "memfd":
+                    command, path, start = [tools.baseline_fs, "--file", _ram_file(living)], "direct", MIB
+                else:
+                    command, path, start = [tools.baseline_fs, "--remote", living.pid], "remote", base + MIB
+                sides = [
+                    _mount_side(bench, stack, C, command, path, start, living.folder),
+                    _mount_side(
+                        bench, stack, CLOUDFS, [cloudfs_program(), "mount", "-c", f"qemu:{living.name}"],
+                        "connector/qemu/phys_mem", MIB, living.folder,
+                    ),
+                ]  # fmt: skip
+                for at in _places(16, bench.size, PAGE).tolist():
+                    _same(*(_from(side, at - MIB, 128 * KIB) for side in sides))
+                for work in figures.reading_works("memory", bench.size - 2 * MIB, bench.amounts):
+                    runner.measure(work, sides)
+                goals = (at_least(0.80), at_least(0.65), at_least(0.60), at_most(1.35))
+                lines = figures.reading_lines("memory", goals)
+                tables.append(runner.table(f"phys_mem through the mount ({ram})", C, CLOUDFS, lines))
     return tables
+
+
+def _from(side: Side, offset: int, size: int) -> bytes:
+    number = os.open(side.paths["memory"], os.O_RDONLY)
+    try:
+        return os.pread(number, size, side.start + offset)
+    finally:
+        os.close(number)
 
 
 SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
     "mapped": mapped_section,
     "private": private_section,
+    "peers": peers_section,
     "nested": nested_section,
     "mount": mount_section,
 }
@@ -239,10 +387,14 @@ SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
 
 def main() -> int:
     """The exit code."""
-    arguments = options(__doc__, quick="128 MiB", rounds=(9, 3), sections=SECTIONS).parse_args()
-    bench = Bench((128 if arguments.quick else 512) * MIB, rounds_of(arguments))
+    parser = options(__doc__, quick="128 MiB", rounds=(9, 3), sections=SECTIONS)
+    parser.add_argument("--peers", metavar="PYTHON", help="a Python that has leechcorepyc")
+    arguments = parser.parse_args()
 
     def work() -> Outcome:
+        cpu = None if arguments.unpinned else quietest_cpu()
+        size, shrink = (128 * MIB, 4) if arguments.quick else (512 * MIB, 1)
+        bench = Bench(size, rounds_of(arguments), Amounts(shrink), cpu, arguments.peers)
         with pinned(arguments):
             return Outcome(in_sections(arguments, SECTIONS, bench))
 

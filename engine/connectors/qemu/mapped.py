@@ -135,11 +135,9 @@ class Mapped:
     def looker(self, presence: Presence) -> Callable[[], None]:
         """How often it is asked after a read whether the process is still there.
 
-        A process of this host is known by its descriptors: what is read through it is its own, or fails. A file stays
-        as it was. In a guest the page tables that were walked may be another process's by now: after every read.
+        What is read through a process is its own, or fails: on this host it is known by its descriptors, in a guest
+        its memory looks for itself after every read (`Process.memory`). A file stays as it was.
         """
-        if not self.guest.on_host:
-            return presence.check
         return presence.glance(SELDOM) if any(file is not None for file in self._files.values()) else _nothing
 
     def close(self) -> None:

@@ -16,12 +16,15 @@ import numpy as np
 
 from engine.connectors.qemu.presence import Presence
 from engine.errors import EngineError, FaultError, FaultKind
+from engine.floors import Deep, Through
 from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows, fault
 from engine.records import dataclass
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05
 """Seconds for which reads of a file may be answered in C, without asking whether QEMU is still there."""
+SCATTERED = 256 << 10
+"""Bytes from which on pages that lie anywhere are gathered rather than read one after the other (measured)."""
 BLOCK = 4 << 20
 """Bytes that are gathered page by page at a time."""
 
@@ -152,6 +155,14 @@ class RamMemory(Memory):
             return found
         return replace(found, until=min(found.until, time.monotonic() + BELIEVED))
 
+    def floor(self) -> Through:
+        """See `engine.floors`."""
+        return Through(self.memory, self._is_there)
+
+    def _is_there(self) -> bool:
+        self._look()
+        return True
+
     def cached(self) -> Memory:
         """See `Memory.cached`."""
         seldom = self.presence.glance() if self._looks_each_time else self._look
@@ -167,6 +178,7 @@ class UntouchedRam(Memory):
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self._deep = memory if isinstance(memory, Deep) else None
         self.page_size = memory.page_size
         self.writable = memory.writable
 
@@ -187,6 +199,8 @@ class UntouchedRam(Memory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
+        if self._deep is not None and len(buffer) <= SCATTERED and self._deep.read_down(address, buffer):
+            return
         page, stop = self.page_size, address + len(buffer)
         first, last = -(-address // page) * page, stop // page * page
         if last - first <= COLUMN_THRESHOLD * page:
@@ -271,6 +285,10 @@ class UntouchedRam(Memory):
     def borrow(self, address: int, size: int) -> memoryview | None:
         """See `Memory.borrow`."""
         return self.memory.borrow(address, size)
+
+    def floor(self) -> Through:
+        """See `engine.floors`: a page that is absent is none that C reads."""
+        return Through(self.memory)
 
     def cached(self) -> Memory:
         """See `Memory.cached`."""

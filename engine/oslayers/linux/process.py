@@ -256,9 +256,11 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         pgd = self._pgd(record)
         if pgd is None or not record.mm:
             return NOTHING
-        check = partial(self._standing.check, record) if self.kernel.base.live else None
+        live = self.kernel.base.live
+        check = partial(self._standing.check, record) if live else None
+        identity = partial(self._standing.identity, record)
         try:
-            return process_space(self.kernel, record.mm, pgd, check)
+            return process_space(self.kernel, record.mm, pgd, check, identity)
         except FaultError:
             return NOTHING
 

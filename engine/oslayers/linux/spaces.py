@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
+from engine.floors import Floor
 from engine.memory import Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.linux.cached_files import CachedPages, PageCache
 from engine.oslayers.linux.kernel import Kernel
@@ -27,10 +28,13 @@ from engine.oslayers.linux.special import special_pages
 from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.bulk import translate
 from engine.translate.mmu import AbsentHook, Root
+from engine.translate.tower import space_on
 from engine.translate.virtual import VirtualMemory
 from engine.types import Extent
 
 R = TypeVar("R")
+Identity = tuple[Sequence[tuple[int, int, int]], Callable[[], bool]]
+"""(physical address, bytes, value) of words, and what is asked behind a read whether they still say all."""
 LOOKS = 3
 """How often mappings are read that changed meanwhile."""
 BATCH_PAGES = 4096
@@ -302,6 +306,16 @@ class Watched(VirtualMemory):
     is_look_due: Callable[[], bool] = staticmethod(lambda: False)
     """Whether `check` may take long now."""
 
+    identity: Callable[[], Identity | None] = staticmethod(lambda: None)
+    """What of physical memory tells this process from others, and what tells whether its kernel runs; None: unknown."""
+
+    def floor(self) -> Floor | None:
+        """See `engine.floors`: with what `check` looks at."""
+        told = self.identity()
+        if told is None or super().floor() is None:
+            return None
+        return space_on(self.physical, self.roots[0], *told)
+
     def _checked(self, door: Callable[[], R]) -> R:
         try:
             return door()
@@ -310,7 +324,8 @@ class Watched(VirtualMemory):
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`. Raises ProcessExitedError."""
-        self._checked(lambda: super(Watched, self).readinto(address, buffer))
+        if not self.read_down(address, buffer):
+            self._checked(lambda: super(Watched, self).readinto(address, buffer))
 
     def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
         """See `Memory.readinto_nowait`."""
@@ -320,6 +335,9 @@ class Watched(VirtualMemory):
         """See `Memory.read_nowait`."""
         if self.is_look_due():
             return None
+        buffer = bytearray(size)
+        if not self.may_block and self.read_down(address, memoryview(buffer)):
+            return bytes(buffer)
         return self._checked(lambda: super(Watched, self).read_nowait(address, size))
 
     def borrow(self, address: int, size: int) -> memoryview | None:
@@ -339,15 +357,18 @@ class Watched(VirtualMemory):
 
     def u8(self, address: int) -> int:
         """See `Memory.u8`."""
-        return self._checked(lambda: super(Watched, self).u8(address))
+        word = self._word(address, 1)
+        return word if word is not None else self._checked(lambda: super(Watched, self).u8(address))
 
     def u32(self, address: int) -> int:
         """See `Memory.u32`."""
-        return self._checked(lambda: super(Watched, self).u32(address))
+        word = self._word(address, 4)
+        return word if word is not None else self._checked(lambda: super(Watched, self).u32(address))
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
-        return self._checked(lambda: super(Watched, self).u64(address))
+        word = self._word(address, 8)
+        return word if word is not None else self._checked(lambda: super(Watched, self).u64(address))
 
     def write(self, address: int, data: Data) -> None:
         """See `Memory.write`. Raises ProcessExitedError; looks before, since a write cannot be taken back."""
@@ -371,7 +392,8 @@ class WatchedSpace(Watched, ProcessSpace):
         view = WatchedSpace(
             self.physical.cached(), self.roots, self.absent, keep=True, kernel=self.kernel, mm=self.mm
         )
-        view.check, view.is_look_due = self.check, self.is_look_due
+        view.check, view.is_look_due, view.identity = self.check, self.is_look_due, self.identity
+        view._tower = self.tower()  # the same bytes
         return view
 
 
@@ -379,10 +401,17 @@ class WatchedUserSpace(Watched, UserSpace):
     """The same of a kernel that tells nothing of mappings."""
 
 
-def process_space(kernel: Kernel, mm: int, pgd: int, check: Callable[[], None] | None = None) -> VirtualMemory:
+def process_space(
+    kernel: Kernel,
+    mm: int,
+    pgd: int,
+    check: Callable[[], None] | None = None,
+    identity: Callable[[], Identity | None] = lambda: None,
+) -> VirtualMemory:
     """The memory of the process whose mm lies at `mm`, its top page table at `pgd`. Raises FaultError.
 
-    `check` raises ProcessExitedError where the process has ended: it is asked at each read.
+    `check` raises ProcessExitedError where the process has ended: it is asked at each read. `identity` gives what it
+    looks at, for reads that are done in C.
     """
     space = kernel.space_of(pgd)
     told = kernel.knows("vm_area_struct")
@@ -395,5 +424,5 @@ def process_space(kernel: Kernel, mm: int, pgd: int, check: Callable[[], None] |
         watched = WatchedSpace(space.physical, space.roots, space.absent, keep=space.keep, kernel=kernel, mm=mm)
     else:
         watched = WatchedUserSpace(space.physical, space.roots, space.absent, keep=space.keep, stop=space.size)
-    watched.check, watched.is_look_due = check, kernel.is_look_due
+    watched.check, watched.is_look_due, watched.identity = check, kernel.is_look_due, identity
     return watched

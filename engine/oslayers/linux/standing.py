@@ -11,6 +11,7 @@ from __future__ import annotations
 from engine.errors import FaultError, NotRecognisedError, ProcessExitedError
 from engine.layout import Field
 from engine.oslayers.linux.kernel import Kernel
+from engine.oslayers.linux.spaces import Identity
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
 
 
@@ -36,10 +37,7 @@ class Standing:
         """Whether its mm is still that of a record of it. Raises ProcessExitedError where it has ended."""
         memory = self.kernel.found.physical
         try:
-            places = self._places
-            if places is None:
-                places = self._places = self._found_places()
-            pid, start, mm = places
+            pid, start, mm = self._known_places()
             if memory.u32(pid) != record.pid or (start is not None and memory.u64(start) != record.start_ns):
                 raise ProcessExitedError(record.pid)
             if mm is None:
@@ -47,6 +45,33 @@ class Standing:
             return (memory.u64(mm) if self.kernel.profile.word == 8 else memory.u32(mm)) == record.mm
         except FaultError:
             raise ProcessExitedError(record.pid) from None
+
+    def identity(self, record: TaskRecord) -> Identity | None:
+        """What `check` looks at, for reads that are done in C; None where that is not found now."""
+        try:
+            pid, start, mm = self._known_places()
+        except FaultError:
+            return None
+        words = [(pid, 4, record.pid)]
+        if start is not None and record.start_ns is not None:
+            words.append((start, 8, record.start_ns))
+        if mm is not None and record.mm is not None:
+            words.append((mm, self.kernel.profile.word, record.mm))
+        return sorted(words), self._runs_here
+
+    def _runs_here(self) -> bool:
+        """Whether the kernel that holds it is the one that runs, as far as is known."""
+        try:
+            self.kernel.look()
+        except NotRecognisedError:
+            return False
+        return not self.kernel.replaced
+
+    def _known_places(self) -> tuple[int, int | None, int | None]:
+        """`_found_places`, found once. Raises FaultError."""
+        if self._places is None:
+            self._places = self._found_places()
+        return self._places
 
     def _found_places(self) -> tuple[int, int | None, int | None]:
         """Physical addresses of its PID, its start, its mm; None where that is not known. Raises FaultError."""

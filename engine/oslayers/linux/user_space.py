@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.errors import FaultError
+from engine.floors import Floor
 from engine.memory import Memory
 from engine.translate.bulk import BUFFER, Blocks, WalkReport
 from engine.translate.maps import mapped, regions, take
@@ -46,6 +47,10 @@ class UserSpace(VirtualMemory):
     def size(self) -> int:
         """First address that is not the process's."""
         return self.stop
+
+    def floor(self) -> Floor | None:
+        """See `engine.floors`: nothing, where part of what the tables map is the kernel's."""
+        return super().floor() if self.stop == super().size else None
 
     def cached(self) -> UserSpace:
         """See `Memory.cached`."""

@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from engine.errors import FaultError, FaultKind, ReadOnlyError
+from engine.floors import Ground
 from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.native import columns, transfer, usual, vectors
 from engine.oslayers.native.descriptors import Descriptors, NoMemoryError, open_descriptors
@@ -236,6 +237,16 @@ class NativeMemory(Memory):
             return None
         pid = files.pid if files.vectors else 0
         return Shortcut(files, files.mem, until, pagemap=files.pagemap, pid=pid, pidfd=files.pidfd)
+
+    def floor(self) -> Ground | None:
+        """See `engine.floors`: once it was read from, and for as long as nobody has to look at its mappings first."""
+        files = self._files
+        if files is None or files.pagemap < 0:
+            return None
+        pid = files.pid if files.vectors else 0
+        return Ground(
+            files.mem, files, lambda: self._files is files and not self._asked, files.pagemap, pid, files.pidfd
+        )
 
     def _short(self, address: int, size: int) -> bytes | None:
         """`size` bytes inside of one page that is held, or None where it is not that simple."""

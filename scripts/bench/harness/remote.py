@@ -40,6 +40,14 @@ class RemoteReader:
         if self._call(self._pid, self._here_address, 1, self._there_address, 1, 0) != len(self.buffer):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
+    def rows(self, addresses: Addresses, out: npt.NDArray[np.uint8]) -> None:
+        """Rows at many places, at most `IOV_MAX` of them, in one call."""
+        pieces = np.full((len(addresses), 2), out.shape[1], np.uint64)
+        pieces[:, 0] = addresses
+        here = _Piece(out.ctypes.data, out.nbytes)
+        if self._call(self._pid, ctypes.addressof(here), 1, pieces.ctypes.data, len(addresses), 0) != here.size:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
     def words(self, addresses: Addresses) -> Words:
         """Many words: the table of pieces is an array, IOV_MAX of them a call."""
         values = np.empty(len(addresses), np.uint64)

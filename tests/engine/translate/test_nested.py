@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError, FaultKind
+from engine.file_memory import FileMemory
+from engine.memory import Memory
 from engine.testing import PageTableBuilder
 from engine.translate.bulk import translate
 from engine.translate.modes import mode
@@ -23,8 +29,22 @@ PAIRS = [("ept", "x86-64"), ("ept-5", "x86-64-la57"), ("npt", "x86-64"), ("npt-5
 CONTENT = bytes(range(256)) * 16
 
 
+@pytest.fixture(params=["bytes", "file in memory"])
+def ground(request: pytest.FixtureRequest) -> Iterator[Callable[[bytes], Memory]]:
+    """What host-physical memory is; of a file the reads go down in one call of C."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+
+        def made(data: bytes) -> Memory:
+            if request.param == "bytes":
+                return BytesMemory(data)
+            Path(file.name).write_bytes(data)
+            return FileMemory(file.name)
+
+        yield made
+
+
 @pytest.fixture(params=PAIRS, ids="/".join)
-def views(request: pytest.FixtureRequest) -> tuple[VirtualMemory, VirtualMemory]:
+def views(request: pytest.FixtureRequest, ground) -> tuple[VirtualMemory, VirtualMemory]:
     """(guest-physical memory, the process's memory)"""
     outer, inner = request.param
     guest = PageTableBuilder(mode(inner), base=0x8000, seed=1)
@@ -41,7 +61,7 @@ def views(request: pytest.FixtureRequest) -> tuple[VirtualMemory, VirtualMemory]
         host.map(at, size.start, "4K execute-only" if at == 0x4_0000 and "ept" in outer else "4K")
         physical[size] = ram[at : at + PAGE]
     physical[host.base : host.base + len(host.data)] = host.data
-    below = VirtualMemory(BytesMemory(bytes(physical)), [(host.spec, host.dtb)])
+    below = VirtualMemory(ground(bytes(physical)), [(host.spec, host.dtb)])
     return below, VirtualMemory(below, [(guest.spec, guest.spec.dtb(guest.register))])
 
 
