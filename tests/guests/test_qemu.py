@@ -297,7 +297,7 @@ def test_a_guest_whose_qemu_was_killed_is_gone_for_every_door(start, opened, ram
         lambda: memory.read(0x1000, 8), lambda: memory.read(0, MIB), lambda: memory.u64(0x2000),
         lambda: memory.gather(np.arange(64, dtype=np.uint64) * 4096, out), lambda: list(memory.extents()),
         lambda: memory.readinto_nowait(0x1000, memoryview(bytearray(8))), lambda: memory.cached().u64(0x1000),
-        lambda: memory.borrow(0x1000, 16), memory.pieces, lambda: view.read(0x1000, 8),
+        memory.shortcut, lambda: memory.borrow(0x1000, 16), memory.pieces, lambda: view.read(0x1000, 8),
     ]  # fmt: skip
     time.sleep(0.01)  # a view looks at the process after some milliseconds at the latest
     for door in doors:
