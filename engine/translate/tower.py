@@ -21,7 +21,7 @@ from engine import accelerator
 from engine.accelerator import Packed, place
 from engine.compiled import NotCompiledError
 from engine.errors import EngineError, UnsupportedError
-from engine.floors import Answer, Floor, Ground, Ranges, Space, HasFloor, Through, always
+from engine.floors import Answer, Floor, Ground, HasFloor, Ranges, Space, Through, always
 from engine.translate.accelerated import mode_of
 from engine.translate.mmu import Root
 from engine.translate.rows import rows_of
