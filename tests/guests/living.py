@@ -139,6 +139,7 @@ def qemu(
     monitor: str = "free",
     before: Sequence[str] = (),
     own_monitor: bool = True,
+    accelerator: str = "tcg",
     keep: Sequence[int] = (),
     prepare: Callable[[Path], None] = lambda folder: None,
 ) -> Iterator[Living]:
@@ -153,7 +154,7 @@ def qemu(
         prepare(folder)
         words = [
             *ends_with_us(), *(word.replace("{folder}", str(folder)) for word in before), binary,
-            "-accel", "tcg", *(["-machine", machine] if machine else []), "-nodefaults", "-no-user-config",
+            "-accel", accelerator, *(["-machine", machine] if machine else []), "-nodefaults", "-no-user-config",
             "-display", "none", "-name", f"guest={folder.name},debug-threads=on",
             *(RAM[ram](folder, size) if ram else []),
             *(word.replace("{folder}", str(folder)) for word in more),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from guests.kernels import GuestError
 from guests.living import Living, wait_until
 from support import as_nobody, require
 
@@ -77,7 +78,8 @@ def test_nodes_of_one_size_are_told_apart_by_the_order_in_which_they_are_made(st
         node = f"node,nodeid={2 - number},memdev=m{number},cpus={number}"
         words += [*backend("memfd", f"m{number}", 32), "-numa", node]
     living = start("", more=words)
-    wait_until(lambda: b"SeaBIOS" in living.saved(0xF0000, 0x10000), what="the BIOS")
+    memory = opened(living).memory
+    wait_until(lambda: b"SeaBIOS" in memory.read(0xF0000, 0x10000), what="the BIOS in its shadow")
     agree(living, opened)
 
 
@@ -102,6 +104,22 @@ def test_what_a_guest_shares_with_other_programs_is_no_ram_of_it(start, opened):
     living = start("memfd", machine="q35", more=shared)
     wait_until(lambda: "ram): big" in living.ask("info mtree -f"), what="the device's memory")
     assert agree(living, opened).info.real_size == 64 * MIB
+
+
+@pytest.mark.parametrize("ram", ["private", "memfd"])
+def test_ram_of_a_guest_of_kvm_is_found_in_the_same_way(start, opened, ram):
+    try:
+        living = start(ram, accelerator="kvm", machine="q35", more=["-cpu", "qemu64"])
+    except GuestError as error:
+        pytest.skip(f"KVM does not run guests here: {error}")
+    assert "enabled" in living.ask("info kvm")
+    memory = opened(living).memory
+    wait_until(lambda: b"SeaBIOS" in memory.read(0xF0000, 0x10000), what="the BIOS in its shadow")
+    living.ask("stop")
+    concluded = agree(living, opened)
+    assert "confirmed by its" in concluded.info.notes[0]
+    assert concluded.memory.read(0xF0000, 0x10000) == living.saved(0xF0000, 0x10000)
+    assert concluded.hints().registers[0]["CR0"] & 1
 
 
 # -- programs and processes ---------------------------------------------------------------------------------

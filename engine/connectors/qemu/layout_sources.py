@@ -79,18 +79,18 @@ def _asked(others: Collection[str], human: Human, found: Sequence[Run], source: 
         if view.block not in bases:
             bases[view.block] = _host_base(human, view, found, source)
     ranges = [MapRange(view.address, view.size, bases[view.block] + view.offset) for view in views]
-    return Placed(_joined(_whole_first_mib(ranges)), (f"the layout of its RAM is told by {source}",))
+    return Placed(_joined(whole_first_mib(ranges)), (f"the layout of its RAM is told by {source}",))
 
 
-def _whole_first_mib(ranges: Sequence[MapRange]) -> list[MapRange]:
+def whole_first_mib(ranges: Sequence[MapRange]) -> list[MapRange]:
     """The RAM of a PC with what lies under ROM or a graphics card in its first MiB: either may go at any moment."""
-    first = ranges[0]
-    others = [entry for entry in ranges if entry.base >= FIRST_MIB]
-    if first.base or not others or any(
-        entry.real_base - entry.base != first.real_base for entry in ranges if entry.base < FIRST_MIB
-    ) or others[0].real_base - others[0].base != first.real_base:  # fmt: skip
+    first, above = ranges[0], list(_above(ranges, FIRST_MIB))
+    below = [entry for entry in ranges if entry.base < FIRST_MIB]
+    if first.base or not above or any(
+        entry.real_base - entry.base != first.real_base for entry in (*below, above[0])
+    ):  # fmt: skip
         return list(ranges)
-    return [MapRange(0, FIRST_MIB, first.real_base), *_above(ranges, FIRST_MIB)]
+    return [MapRange(0, FIRST_MIB, first.real_base), *above]
 
 
 def _above(ranges: Sequence[MapRange], address: int) -> Iterator[MapRange]:

@@ -10,6 +10,7 @@ import pytest
 
 from engine.connectors.qemu.command_line import CommandLine, family_of, parse
 from engine.connectors.qemu.emulators import VERSION, called, disguised
+from engine.connectors.qemu.layout_sources import whole_first_mib
 from engine.connectors.qemu.layouts import ram_layout
 from engine.connectors.qemu.plugged import plugged_ranges
 from engine.connectors.qemu.ram import Block, assignments, candidates, expected, in_order_of_making, runs
@@ -279,3 +280,23 @@ Memory device [virtio-mem]: "vm0"
 def test_memory_devices_are_read_from_what_the_monitor_prints():
     assert memory_devices(DEVICES) == {"mem1", "vmem0"}
     assert memory_devices("") == frozenset()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [MapRange(0, 0xA0000, 0), MapRange(0xC0000, 0x40000, 0xC0000), MapRange(MIB, 63 * MIB, MIB)],
+        [MapRange(0, 0xD8000, 0), MapRange(0xF0000, 64 * MIB - 0xF0000, 0xF0000)],
+        [MapRange(0, 64 * MIB, 0)],
+    ],
+    ids=["graphics", "BIOS written", "whole"],
+)
+def test_a_pc_has_ram_under_what_its_first_mib_shows(told):
+    moved = [MapRange(one.base, one.length, HIGH + one.real_base) for one in told]
+    assert whole_first_mib(moved) == [MapRange(0, MIB, HIGH), MapRange(MIB, 63 * MIB, HIGH + MIB)]
+
+
+def test_a_board_and_a_pc_of_two_nodes_in_the_first_mib_stay_as_they_are():
+    nodes = [MapRange(0, 65536, LOW), MapRange(MIB, MIB, 0)]
+    for told in ([MapRange(GIB, GIB, LOW)], [MapRange(0, 0xA0000, LOW)], nodes):
+        assert whole_first_mib(told) == told
