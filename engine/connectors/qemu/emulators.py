@@ -17,6 +17,9 @@ from engine.records import dataclass
 
 EMULATOR = re.compile(r"\.?qemu-system-(?P<architecture>[a-z0-9_]+)(?:-(?P<flavour>[a-z0-9_-]+))?|qemu-kvm|kvm")
 """Names of QEMU's executable: `qemu-system-x86_64`, as some distributions wrap it, and those that mean this machine."""
+DEBIAN = {"amd64": "x86_64", "arm64": "aarch64", "armel": "arm", "armhf": "arm", "ppc64el": "ppc64", "ppc64le": "ppc64",
+          "powerpc": "ppc"}  # fmt: skip
+"""Debian's words for architectures, which its links to QEMU have."""
 _LOADER = re.compile(r"ld(?:-linux.*|-musl-.*|64|)\.so(?:\.[0-9]+)*")
 TELLING = frozenset(
     "machine M m smp cpu accel enable-kvm device drive netdev chardev mon qmp object nodefaults nographic display "
@@ -53,7 +56,8 @@ def called(executable: str | None, arguments: Sequence[str]) -> Called | None:
             arguments = arguments[behind:]
     for path in (executable, arguments[0] if arguments else None):
         if path and (found := _match(path)):
-            return Called(found[0], found["architecture"], found["flavour"] or "", tuple(arguments))
+            architecture = DEBIAN.get(found["architecture"], found["architecture"])
+            return Called(found[0], architecture, found["flavour"] or "", tuple(arguments))
     return None
 
 

@@ -41,6 +41,7 @@ def region(start: int, size: int, path: str = "", *, shared: bool = False) -> Re
     ("executable", "arguments", "found"),
     [
         ("/usr/bin/qemu-system-x86_64", ["/usr/bin/kvm"], ("qemu-system-x86_64", "x86_64", "")),
+        (None, ["/usr/bin/qemu-system-arm64"], ("qemu-system-arm64", "aarch64", "")),
         ("/usr/libexec/qemu-kvm", ["qemu-kvm"], ("qemu-kvm", None, "")),
         ("/usr/bin/qemu-system-x86_64-microvm", ["x"], ("qemu-system-x86_64-microvm", "x86_64", "microvm")),
         ("/opt/b/lib/ld-linux-x86-64.so.2", ["/opt/b/ld.so", "--library-path", "/opt/b", "/opt/b/qemu-system-arm"],
