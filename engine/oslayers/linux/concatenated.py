@@ -12,7 +12,7 @@ before 5.11 `name` stands behind a reference count); LiME's documentation of its
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from engine.errors import FaultError
@@ -20,7 +20,7 @@ from engine.formats.search import find_all
 from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
-from engine.oslayers.linux.claims import leads
+from engine.oslayers.linux.claims import Lead
 from engine.oslayers.linux.finding import Found, candidates, image_extent, proves
 from engine.oslayers.linux.resources import NAME_LIMIT, SYSTEM_RAM
 from engine.translate.virtual import VirtualMemory
@@ -34,9 +34,11 @@ _PLACE_LIMIT = 16
 _NODE_LIMIT = 4096
 
 
-def concatenated(memory: Memory, *, keep: bool, dtb: int | None = None) -> Iterator[Found]:
-    """The kernels that prove themselves where all in front of them is moved by what was left out."""
-    for lead in leads(memory):
+def concatenated(
+    memory: Memory, claimed: Iterable[Lead], *, keep: bool, dtb: int | None = None
+) -> Iterator[Found]:
+    """The kernels of these leads that prove themselves where all in front of them is moved by what was left out."""
+    for lead in claimed:
         for text, odd in _texts(memory, lead.release):
             for place in lead.names[:_PLACE_LIMIT]:
                 found = next(_found(memory, text, odd, place.address, keep, dtb), None)

@@ -84,13 +84,14 @@ def guided_kernels(
     memory: Memory, architecture: str | None, registers: Sequence[Mapping[str, int]], *, keep: bool
 ) -> Iterator[Found]:
     """The kernels that prove themselves without VMCOREINFO, looked for in such images alone."""
-    from engine.oslayers.linux.unaided import unaided  # not before it is needed
+    from engine.oslayers.linux.claims import leads  # not before they are needed
+    from engine.oslayers.linux.unaided import unaided
 
     for image in _images_of_all(memory, architecture, registers):
         first = image.runs[0].physical
         front = Extent(max(0, first - IN_FRONT), min(first, IN_FRONT))
         part = PartOfMemory(memory, [front, *(Extent(run.physical, run.size) for run in image.runs)])
-        for found in unaided(part, keep=keep):
+        for found in unaided(part, leads(part), keep=keep):
             if found.physical is part and _is_own(found):
                 yield replace(
                     found, physical=memory, memory=VirtualMemory(memory, found.memory.roots, keep=found.memory.keep)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
 
 from engine.errors import FaultError, InvalidArgumentError, NotRecognisedError
 from engine.formats.vmcoreinfo import Vmcoreinfo
@@ -16,10 +17,15 @@ from engine.oslayers.linux.finding import Found, described
 from engine.oslayers.linux.guided import guided_kernels, kernel_spaces
 from engine.records import dataclass
 
+if TYPE_CHECKING:
+    from engine.oslayers.linux.claims import Lead
+
 ALIGNMENT = 2 << 20
 """KASLR moves kernels by multiples of this, or of less on 32-bit x86 (CONFIG_PHYSICAL_ALIGN)."""
 KEYS = {"NUMBER(RADIX_MMU)": "ppc64le", "KERNELOFFPHYS": "s390x"}
 """Keys of VMCOREINFO that tell architectures whose page tables are not walked."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +38,25 @@ class Recognised:
     vmcoreinfo: Vmcoreinfo | None = None
 
 
-class Remembered(Iterable[Vmcoreinfo]):
-    """Texts that can be gone through again, each looked for once, and no sooner than it is asked for."""
+class Remembered(Iterable[T]):
+    """What can be gone through again, each looked for once, and no sooner than it is asked for."""
 
-    def __init__(self, source: Iterable[Vmcoreinfo]) -> None:
+    def __init__(self, source: Iterable[T]) -> None:
         self._source = iter(source)
-        self._known: list[Vmcoreinfo] = []
+        self._known: list[T] = []
 
-    def __iter__(self) -> Iterator[Vmcoreinfo]:
+    def __iter__(self) -> Iterator[T]:
         yield from self._known
-        for text in self._source:
-            self._known.append(text)
-            yield text
+        for each in self._source:
+            self._known.append(each)
+            yield each
+
+
+def _leads_of(memory: Memory) -> Iterator[Lead]:
+    """`leads`, looked for as soon as the first is asked for: that reads all of memory."""
+    from engine.oslayers.linux.claims import leads
+
+    yield from leads(memory)
 
 
 def find_kernel(
@@ -63,11 +76,11 @@ def find_kernel(
     Raises InvalidArgumentError where kernels are there, but none that fits; NotRecognisedError, saying what was found
     and why that was not enough, where there is none.
     """
-    texts = Remembered(texts)
+    texts, claimed = Remembered(texts), Remembered(_leads_of(memory))
     others = []
     guided = guided_kernels(memory, architecture, registers, keep=keep) if dtb is None else iter(())
     near = (found for found in guided if runs(found, registers))
-    for kernels in _kernels(memory, texts, keep, dtb, near):
+    for kernels in _kernels(memory, texts, claimed, keep, dtb, near):
         first = None
         for found in kernels:
             if slide is not None and slide not in slides(found):
@@ -82,30 +95,31 @@ def find_kernel(
     if others:
         raise InvalidArgumentError(f"kaslr={slide:#x} fits no kernel here: {'; '.join(dict.fromkeys(others))}")
     if dtb is not None:
-        without = next(chain.from_iterable(_kernels(memory, texts, keep, None, iter(()))), None)
+        without = next(chain.from_iterable(_kernels(memory, texts, claimed, keep, None, iter(()))), None)
         if without is not None:
             right = f"its own is {without.candidate.dtb:#x} ({without.candidate.spec.name})"
             raise InvalidArgumentError(f"dtb={dtb:#x} is no page table of the Linux {without.release} here: {right}")
-    found_only = recognised(memory, texts)
+    found_only = recognised(claimed, texts)
     if found_only is not None:
         return found_only
-    raise NotRecognisedError(_why_not(memory, texts))
+    raise NotRecognisedError(_why_not(claimed, texts))
 
 
 def _kernels(
-    memory: Memory, texts: Iterable[Vmcoreinfo], keep: bool, dtb: int | None, near: Iterator[Found]
-) -> Iterator[Iterator[Found]]:
+    memory: Memory, texts: Iterable[Vmcoreinfo], claimed: Iterable[Lead], keep: bool, dtb: int | None,
+    near: Iterator[Found],
+) -> Iterator[Iterator[Found]]:  # fmt: skip
     """The kernels that prove themselves, by each way to find them, the cheapest first; `near`: by registers."""
     yield described(memory, texts, keep=keep, dtb=dtb)
     yield near
 
     from engine.oslayers.linux.concatenated import concatenated  # not before one is needed: so are those below
 
-    yield concatenated(memory, keep=keep, dtb=dtb)
+    yield concatenated(memory, claimed, keep=keep, dtb=dtb)
 
     from engine.oslayers.linux.unaided import unaided
 
-    yield unaided(memory, keep=keep, dtb=dtb)
+    yield unaided(memory, claimed, keep=keep, dtb=dtb)
 
 
 def runs(found: Found, registers: Sequence[Mapping[str, int]]) -> bool:
@@ -145,12 +159,10 @@ def slides(found: Found) -> list[int]:
     return sorted({slide for slide in (*possible, *exact) if 0 <= slide < 1 << 47})
 
 
-def recognised(memory: Memory, texts: Iterable[Vmcoreinfo]) -> Recognised | None:
+def recognised(claimed: Iterable[Lead], texts: Iterable[Vmcoreinfo]) -> Recognised | None:
     """A kernel of another architecture that its names and its banner, or its names and VMCOREINFO, both tell."""
-    from engine.oslayers.linux.claims import leads
-
     described_by = {text.release: text for text in texts}
-    for lead in leads(memory):
+    for lead in claimed:
         machines = {claim.machine for claim in lead.names if claim.machine and family(claim.machine) is None}
         if len(machines) == 1 and (lead.banners or lead.release in described_by):
             return Recognised(lead.release, machines.pop(), described_by.get(lead.release))
@@ -161,11 +173,9 @@ def recognised(memory: Memory, texts: Iterable[Vmcoreinfo]) -> Recognised | None
     return None
 
 
-def _why_not(memory: Memory, texts: Iterable[Vmcoreinfo]) -> str:
-    from engine.oslayers.linux.claims import leads
-
+def _why_not(claimed: Iterable[Lead], texts: Iterable[Vmcoreinfo]) -> str:
     told = list(dict.fromkeys(f"VMCOREINFO of Linux {text.release or 'of an unknown release'}" for text in texts))
-    told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in leads(memory)]
+    told += [f"{'the banner' if lead.banners else 'the names'} of Linux {lead.release}" for lead in claimed]
     if not told:
         return "this memory holds neither VMCOREINFO nor a kernel's banner"
     holds = f"this memory holds {'; '.join(dict.fromkeys(told))}"

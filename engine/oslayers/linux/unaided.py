@@ -1,6 +1,6 @@
 """Finding a Linux kernel of which no VMCOREINFO is left: by its names and banner, its symbols and its page tables.
 
-    for found in unaided(memory, keep=True): …        each proves itself
+    for found in unaided(memory, leads(memory), keep=True): …        each proves itself
 
 1. Names and banners say that a kernel may lie here (`claims`), and of which architecture.
 2. The tables of kallsyms near them say how far its virtual addresses are from the places in the image: by the symbols
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from engine.formats.ksymtab import Form, load_ksymtab
 from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Addresses, Memory
 from engine.oslayers.linux.architectures import Candidate, family, image_region, paging_modes
-from engine.oslayers.linux.claims import Lead, leads
+from engine.oslayers.linux.claims import Lead
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found, image_extent
 from engine.oslayers.linux.ram import layouts, place_in
 from engine.oslayers.linux.roots import addresses_of, aligned, entry_counts, mapping_roots, pages_of, table_like
@@ -69,9 +69,9 @@ class Signs:
     """Where its top table lies, if its symbols tell."""
 
 
-def unaided(memory: Memory, *, keep: bool, dtb: int | None = None) -> Iterator[Found]:
-    """Kernels that are found and proved without VMCOREINFO; through the top table `dtb`, where it is given."""
-    for lead in leads(memory):
+def unaided(memory: Memory, claimed: Iterable[Lead], *, keep: bool, dtb: int | None = None) -> Iterator[Found]:
+    """Kernels of these leads, found and proved without VMCOREINFO; through the top table `dtb`, where it is given."""
+    for lead in claimed:
         machines = {family(claim.machine or "") for claim in lead.names}
         if None in machines and len(machines) == 1:
             continue  # of an architecture whose page tables are not walked
