@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,9 +19,11 @@ from guests.nested import INNER_SIZE, OUTER_SIZE, SECRET, nested
 from support import require
 
 from engine.errors import TargetGoneError
+from engine.file_memory import FileMemory
 from engine.machine import Machine
-from engine.memory import Addresses, Faults, Memory, Rows
+from engine.memory import Addresses, Data, Faults, Memory, Rows
 from engine.middleware import MeteredMemory
+from engine.oslayers.native.memory import NativeMemory
 from engine.targets import chain_of, open_chain
 
 COUNT = 64
@@ -88,6 +90,23 @@ def test_what_is_written_is_seen_by_the_inner_program(chain):
     memory = chain.memory()
     memory.write(chain.address + COUNT, (1 << 40).to_bytes(8, "little"))
     wait_until(lambda: (1 << 40) < memory.u64(chain.address + COUNT + 8) < (1 << 40) + 10000, 60, "the count")
+
+
+def test_a_write_of_three_bytes_at_an_odd_place_reaches_the_outer_qemu_as_these_three(chain, monkeypatch):
+    stored: list[bytes] = []
+    for kind in (FileMemory, NativeMemory):
+        write = kind.write
+
+        def spied(self: Memory, address: int, data: Data, write: Callable[..., None] = write) -> None:
+            stored.append(bytes(data))
+            write(self, address, data)
+
+        monkeypatch.setattr(kind, "write", spied)
+    memory, place = chain.memory(), chain.address + COUNT - 3  # the count behind it changes all the time
+    memory.write(place, b"abc")
+    assert stored == [b"abc"]
+    assert memory.read(place, 3) == b"abc"
+    memory.write(place, bytes(3))
 
 
 class Counted(MeteredMemory):

@@ -16,7 +16,7 @@ from scripted_stub import MEMORY, Scripted, plain, scripted
 
 from engine.connectors.gdb import GdbConnector
 from engine.connectors.gdb.documents import parsed
-from engine.connectors.gdb.wire import framed, unpacked
+from engine.connectors.gdb.wire import Wire, framed, unpacked
 from engine.errors import (
     EngineError,
     FaultError,
@@ -118,6 +118,17 @@ def test_what_is_written_stands_in_the_machine(machine: BareMachine) -> None:
         assert connector.memory.read(0x30_0001, len(data)) == data
         told = machine.monitor("xp /8xb 0x300001")
     assert [int(byte, 16) for byte in re.findall(r"0x([0-9a-f]{2})\b", told)] == list(data[:8])
+
+
+def test_a_write_of_three_bytes_at_an_odd_place_is_one_of_three_bytes(
+    machine: BareMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    ask = Wire.ask
+    monkeypatch.setattr(Wire, "ask", lambda wire, packet, *more: sent.append(packet) or ask(wire, packet, *more))
+    with opened(machine.stub, writable=True) as connector:
+        connector.memory.write(0x30_0001, b"abc")
+    assert [packet for packet in sent if packet[:1] in b"MX"] == [b"M300001,3:616263"]
 
 
 def test_nothing_is_written_unless_it_was_allowed(machine: BareMachine) -> None:
