@@ -181,7 +181,7 @@ def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_co
     if recording.guest.architecture != "amd64" or copy.original.kernel_memory is None:
         pytest.skip("only processors whose registers tell")
     monkeypatch.setattr(running, "STILL", 0.2)
-    told = {**recording.registers, "CR0": 0x60000010, "CR3": 0}
+    told = {**recording.registers, "CR3": 0x1000}
     layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="running"))
     memory, base = layer.kernel_memory, layer.info.kernel_base
     assert memory is not None
@@ -197,6 +197,9 @@ def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_co
                  lambda: list(layer.capability(KernelLog).records())):  # fmt: skip
         with pytest.raises(TargetGoneError, match="restarted"):
             door()
+    told["CR0"] = 0x60000010
+    with pytest.raises(NotRecognisedError, match="its firmware runs"):
+        layer.pids()
     told.update(recording.registers)  # as where it was in its firmware for a moment alone
     wait_until(lambda: layer.info.state == "running", 60)
     assert memory.read(base, 16) == first
@@ -210,5 +213,7 @@ def test_a_pc_whose_bios_counts_again_was_reset(copy):
     assert layer.pids()
     place = next(start for start, _, _ in copy._extents) + BIOS_TICKS
     copy.memory.write(place, (copy.memory.u32(place) + 1).to_bytes(4, "little"))
-    with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):
+    with pytest.raises(NotRecognisedError, match="its firmware runs"):
         _asked_for(layer.pids, 10)
+    with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):  # it counts no more
+        layer.pids()

@@ -34,6 +34,8 @@ PAUSE_MOST = 60.0
 """But no later than after so many seconds."""
 ASK_SHARE, ASK_MOST = 10, 10.0
 """Who runs the machine is asked again after a tenth of the time for which it stands, after so many seconds at most."""
+CLOCK_FAST, CLOCK_SLACK = 8, 10.0
+"""A clock may go on so many times faster than ours, and so many seconds more: what is emulated may hurry."""
 LOOK_EACH = 0.25
 """Seconds between two looks."""
 BIOS_TICKS = 0x46C
@@ -45,6 +47,7 @@ class Doubt(enum.Enum):
 
     STANDS = "its clock stands, or went back"
     RESET = "no processor is in it"
+    FIRMWARE = "the machine's firmware runs"
 
 
 class Running:
@@ -61,12 +64,15 @@ class Running:
         self._clock = clock
         self._ask = ask
         self._identity = identity_of(kernel)
-        self._uptime = -1
+        self._seen: Clock | None = None
+        """The clock as it was when it went on last."""
         self._ticks = self._bios_ticks()
+        self._was_reset = False
+        """Whether the BIOS has counted since the clock went on last."""
         self.state: str | None = kernel.base.hints.state
         """Whether the machine runs, as QEMU words it; None where nobody knows."""
         self._moved = time.monotonic()
-        self._search_again = 0.0
+        self._searched, self._took = 0.0, 0.0
         self._failures = 0
         self._told: TargetHints | None = None
         self._ask_again = 0.0
@@ -81,28 +87,48 @@ class Running:
         A clock that went back, as when a machine is set back to what was saved of it, is a reason to look once.
         """
         clock, ticks, now = self._clock(), self._bios_ticks(), time.monotonic()
-        if clock is not None and clock.uptime > self._uptime:
-            first = self._uptime < 0
-            self._uptime, self._moved, self._failures, self._search_again = clock.uptime, now, 0, 0.0
-            self._ask_again = 0.0
-            self._ticks = ticks
-            if not first:
+        if clock is not None and self._goes_on(clock, now):
+            if self._seen is not None:
                 self.state = RUNNING
+            self._seen, self._moved, self._ticks, self._was_reset = clock, now, ticks, False
+            self._failures, self._took, self._ask_again = 0, 0.0, 0.0
             return None
-        if clock is not None and clock.uptime < self._uptime:
-            self._uptime, self._moved = clock.uptime, now
-            return Doubt.STANDS
-        was_reset = ticks != self._ticks
-        if not was_reset and (clock is None or now - self._moved <= STILL):
+        stands = clock is None or clock == self._seen
+        if ticks != self._ticks:
+            self._ticks, self._was_reset = ticks, self._seen is not None  # without a clock nothing would end that
+            return Doubt.FIRMWARE if self._was_reset else Doubt.STANDS
+        if not self._was_reset and stands and (self._seen is None or now - self._moved <= STILL):
             return None
-        told = self._asked(now, at_once=was_reset)
+        told = self._asked(now, at_once=self._was_reset)
         self.state = None if told is None else told.state
         inside = None if told is None else is_inside(self._kernel.found, told.registers)
         if inside:
+            if not stands:
+                self.believe()
             return None
-        if was_reset or (told is not None and inside is False and (self.state == RUNNING or are_off(told.registers))):
+        if told is not None and inside is False and are_off(told.registers):
+            return Doubt.FIRMWARE
+        if self._was_reset or (inside is False and self.state == RUNNING):
             return Doubt.RESET
         return Doubt.STANDS
+
+    def _goes_on(self, clock: Clock, now: float) -> bool:
+        """Whether that is the clock which was seen last, and goes on: by what has passed, or from the same beginning.
+
+        Where another kernel has taken its place in memory anything may stand there.
+        """
+        seen = self._seen
+        if seen is None:
+            return True
+        passed = clock.uptime - seen.uptime
+        most = CLOCK_FAST * (now - self._moved) + CLOCK_SLACK
+        return passed > 0 and (passed <= most * 1e9 or abs(clock.boot - seen.boot) < CLOCK_SLACK * 1e9)
+
+    def believe(self) -> None:
+        """Take its clock for right, wherever it has been set."""
+        clock = self._clock()
+        if clock is not None and clock != self._seen:
+            self._seen, self._moved = clock, time.monotonic()
 
     def _asked(self, now: float, *, at_once: bool) -> TargetHints | None:
         """What is told of the processors: the longer nothing has moved, the more seldom it is asked."""
@@ -125,15 +151,17 @@ class Running:
         """Seconds since its clock was seen to go on."""
         return time.monotonic() - self._moved
 
-    def is_search_due(self) -> bool:
-        """Whether the last search lies long enough behind."""
-        return time.monotonic() >= self._search_again
+    def is_search_due(self, *, gone: bool) -> bool:
+        """Whether the last search lies long enough behind: where this kernel is gone, it is soon repeated."""
+        share = 2 if gone else SEARCH_SHARE * (1 << min(max(self._failures - 1, 0), 10))
+        return time.monotonic() >= self._searched + min(share * self._took, PAUSE_MOST)
 
     def searched(self, took: float, *, gone: bool) -> None:
-        """Note that a search found no other kernel: where this one is gone, it is soon repeated."""
-        pause = 2 * took if gone else min(SEARCH_SHARE * took * (1 << min(self._failures, 10)), PAUSE_MOST)
+        """Note that a search found no other kernel."""
         self._failures += not gone
-        self._search_again = time.monotonic() + pause
+        self._searched, self._took = time.monotonic(), took
+        if not gone:
+            self.believe()
 
 
 def identity_of(kernel: Kernel) -> Hashable:
@@ -259,8 +287,11 @@ class Watch:
             running = self._running
             gone = not running.is_same()
             doubt = None if gone else running.doubt()
+            if doubt is Doubt.FIRMWARE:  # no kernel runs that could be found
+                self._problem = "the machine is being restarted: its firmware runs"
+                raise NotRecognisedError(self._problem)
             if gone or doubt is not None:
-                if running.is_search_due():
+                if running.is_search_due(gone=gone or doubt is Doubt.RESET):
                     self._search(running, gone, doubt)
                 elif gone or doubt is Doubt.RESET:
                     raise NotRecognisedError(self._problem)
