@@ -174,6 +174,8 @@ def read_line(
         given.setdefault({"M": "machine", "qmp-pretty": "qmp"}.get(option, option), []).append(value)
     if "enable-kvm" in given:
         given["accel"] = ["kvm"]
+    for value in given.get("set", []):
+        _set(given, value)
     machine = _merged(given, "machine", "type")
     objects = [pairs(value, "qom-type") for value in given.get("object", [])]
     kind = machine.get("type") or _default_machine(found, architecture)
@@ -214,6 +216,16 @@ def _all_options(arguments: Sequence[str], configuration: Configuration | None) 
             yield option, value
         else:
             yield from sections(text)
+
+
+def _set(given: Mapping[str, list[str]], text: str) -> None:
+    """Do what `-set GROUP.ID.KEY=VALUE` does: a word more for the option of that id."""
+    place, _, value = text.partition("=")
+    group, _, rest = place.partition(".")
+    name, _, key = rest.rpartition(".")
+    for index, words in enumerate(given.get(group, [])):
+        if not words.startswith("{") and pairs(words).get("id") == name:
+            given[group][index] = f"{words},{key}={value.replace(',', ',,')}"
 
 
 def _merged(given: Mapping[str, Sequence[str]], option: str, first: str) -> dict[str, str]:

@@ -178,6 +178,12 @@ def test_what_stands_last_wins_over_a_configuration_file():
     assert line("-m", "1G", "-readconfig", "file", file=CONFIGURATION).size == 256 * MIB
 
 
+def test_what_is_set_later_belongs_to_what_has_that_id():
+    words = ["-set", "chardev.a.path=/x,y", "-chardev", "socket,id=a,server=on,path=/p", "-mon", "a,mode=control",
+             "-set", "chardev.b.path=/z", "-set", "nonsense", "-set", "..="]  # fmt: skip
+    assert [str(one) for one in line(*words).monitors] == ["/x,y"]
+
+
 # -- mappings -----------------------------------------------------------------------------------------------
 
 
