@@ -134,15 +134,19 @@ class FileMemory(Memory):
         immutable: bool = False,
         leased: bool = False,
         fills_holes: bool = False,
+        mounts: Mapping[tuple[int, int], str] | None = None,
     ) -> None:
-        """Open the file. Raises UnusableTargetError where it is no file, OSError as open(2)."""
+        """Open the file; for `mounts` see `backing_of_file`.
+
+        Raises UnusableTargetError where it is no file, OSError as open(2).
+        """
         self.path = path
         self.writable = writable
         self._declared = immutable
         self._fills_holes = fills_holes
         number = open_descriptor(path, writable=writable)
         self._descriptor: _Descriptor | None = _Descriptor(number)
-        self.backing = backing_of_file(number)
+        self.backing = backing_of_file(number, mounts)
         self.lease: Lease | None = None
         """What is told when the file turns live; None where it is live already, or said to be immutable."""
         self._reason = "live=yes says so"

@@ -1,6 +1,6 @@
 """Which filesystem a device number belongs to: decides what may block and what must not be touched.
 
-Reads /proc/self/mountinfo (proc_pid_mountinfo(5)) and nothing else: a path is never looked at, since
+Reads tables of mounts (proc_pid_mountinfo(5)) and nothing else: a path is never looked at, since
 looking at a path of a filesystem that does not answer hangs.
 """
 
@@ -100,8 +100,8 @@ def filesystem_of(descriptor: int) -> str | None:
     return None if found is None else found[1].decode("ascii", "replace")
 
 
-def backing_of_file(descriptor: int) -> Backing:
-    """How reading this open file behaves."""
+def backing_of_file(descriptor: int, mounts: Mapping[tuple[int, int], str] | None = None) -> Backing:
+    """How reading this open file behaves; `mounts` are those of a process that sees others than this one does."""
     status = os.fstat(descriptor)
     if stat.S_ISBLK(status.st_mode):
         return Backing.DISK
@@ -109,7 +109,7 @@ def backing_of_file(descriptor: int) -> Backing:
     key = (os.major(device), os.minor(device))
     if key == shared_memory_device() or key in huge_memory_devices():
         return Backing.MEMORY
-    found = filesystems().get(key)
+    found = filesystems().get(key) or (mounts or {}).get(key)
     if found is not None:
         return backing_of_type(found)
     # btrfs gives subvolumes device numbers of their own: known by its path's mount instead.

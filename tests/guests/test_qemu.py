@@ -197,6 +197,7 @@ def test_a_guest_started_as_libvirt_starts_it_is_opened(start, opened):
             file.write(b"private")
         assert connector.memory.read(0x6000, 7) == b"private"
         assert any("virsh" in note for note in connector.info.notes)
+        assert not any("through the process" in note for note in connector.info.notes), "its mount is seen by it alone"
 
 
 def test_a_guest_is_paused_and_resumed_by_its_monitor(start, opened):

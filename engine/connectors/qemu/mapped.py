@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.presence import Presence
@@ -21,12 +21,14 @@ from engine.errors import EngineError, UnusableTargetError
 from engine.file_memory import FileMemory
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
-from engine.mounts import Backing, filesystem_of, huge_memory_devices
+from engine.mounts import Backing, filesystem_of, huge_memory_devices, parse_mount_table
 from engine.types import Region
 
 SELDOM = 0.001
 """Seconds after which a read of a file asks again whether its QEMU is still there."""
 DESCRIPTORS_MOST = 1 << 16
+MOUNTS_MOST = 16 << 20
+"""Bytes of a table of mounts; the kernel's limit is 100,000 of them (fs.mount-max)."""
 
 
 class Mapped:
@@ -101,16 +103,17 @@ class Mapped:
 
     def _opened(self, region: Region) -> FileMemory | None:
         reason = "no descriptor of it is open"
+        mounts = self._mounts()
         for path in self._paths(region):
             try:
                 status = os.stat(path)
                 if status.st_ino != region.inode or _device(status.st_dev) != region.device:
                     continue
-                huge = _is_huge(path)
+                huge = mounts.get(region.device) == "hugetlbfs" or _is_huge(path)
                 if huge and self.writable:
                     reason = "files of huge pages are written through the process"
                     break
-                file = FileMemory(path, writable=self.writable, fills_holes=not huge)
+                file = FileMemory(path, writable=self.writable, fills_holes=not huge, mounts=mounts)
             except (OSError, EngineError) as error:
                 reason = str(error)
                 continue
@@ -120,6 +123,14 @@ class Mapped:
             return file
         self.notes.append(f"{region.path} is read through the process: {reason}")
         return None
+
+    def _mounts(self) -> Mapping[tuple[int, int], str]:
+        """What is mounted where QEMU is: a filesystem may be seen there alone."""
+        try:
+            with open(f"/proc/{self.guest.pid}/mountinfo", "rb") as file:
+                return parse_mount_table(file.read(MOUNTS_MOST))
+        except OSError:
+            return {}
 
     def _paths(self, region: Region) -> list[str]:
         """Where the file can be opened; by a name in no case."""
