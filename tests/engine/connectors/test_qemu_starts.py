@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from engine.bytes_memory import BytesMemory
 from engine.connectors.qemu.command_line import CommandLine, family_of, parse
 from engine.connectors.qemu.emulators import VERSION, called, disguised
-from engine.connectors.qemu.layout_sources import whole_first_mib
+from engine.connectors.qemu.finding import Guest
+from engine.connectors.qemu.layout_sources import by_machine, whole_first_mib
 from engine.connectors.qemu.layouts import ram_layout
 from engine.connectors.qemu.plugged import plugged_ranges
 from engine.connectors.qemu.ram import Block, assignments, candidates, expected, in_order_of_making, runs
+from engine.errors import UnusableTargetError
 from engine.formats.qemu_monitor import memory_devices, ram_views
+from engine.memory import Memory
 from engine.memory_map import MapRange
+from engine.oslayer import Process
 from engine.types import Region, Rights
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -249,6 +255,59 @@ def test_memory_that_is_shared_with_other_programs_is_no_ram():
 def test_ram_that_continues_what_is_mapped_above_it_is_found(size):
     mapped = [region(LOW, size), region(LOW + size, 3 * MIB)]
     assert candidates(expected(line("-m", f"{size >> 20}"))[0], runs(mapped)) == [Block(LOW, size)]
+
+
+# -- what memory itself tells -------------------------------------------------------------------------------
+
+TWO_NODES = (
+    "-object", "memory-backend-ram,id=a,size=16M", "-object", "memory-backend-ram,id=b,size=16M",
+    "-numa", "node,memdev=a", "-numa", "node,memdev=b", "-m", "32",
+)  # fmt: skip
+
+
+def concluded(contents: dict[int, tuple[int, bytes]], *words: str) -> tuple[list[int], str]:
+    """Where RAM is said to lie that may be in any mapping of 16 MiB: each has some bytes at an offset."""
+    found = line(*words)
+    mapped = [region(start, 16 * MIB) for start in contents]
+
+    def view(ranges: Sequence[MapRange]) -> Memory:
+        data = bytearray(sum(one.length for one in ranges))
+        for one in ranges:
+            offset, text = contents[one.real_base]
+            data[one.base + offset : one.base + offset + len(text)] = text
+        return BytesMemory(bytes(data))
+
+    guest = Guest(cast("Process", None), 1, found, "x86_64")
+    placed = by_machine(guest, runs(mapped), None, view)
+    return [one.real_base for one in placed.ranges], placed.notes[0]
+
+
+KERNEL = (8 * MIB, b"OSRELEASE=6.1.0\nPAGESIZE=4096\n" + bytes(100))
+BIOS = (0xF1000, b"SeaBIOS")
+
+
+def test_a_mapping_that_holds_a_kernel_is_ram_where_a_graphics_card_has_one_of_that_size():
+    for places in ({LOW: KERNEL, HIGH: (0, b"")}, {LOW: (0, b""), HIGH: KERNEL}):
+        found, note = concluded(places, "-m", "16")
+        assert [places[one] for one in found] == [KERNEL]
+        assert "confirmed by a Linux kernel in it" in note
+
+
+def test_a_kernel_does_not_tell_which_node_is_the_first():
+    with pytest.raises(UnusableTargetError, match="several mappings may be the RAM"):
+        concluded({LOW: KERNEL, HIGH: (0, b"")}, *TWO_NODES)
+
+
+def test_a_bios_tells_which_node_is_the_first():
+    assert concluded({LOW: BIOS, HIGH: KERNEL}, *TWO_NODES)[0] == [LOW, HIGH]
+    assert concluded({LOW: KERNEL, HIGH: BIOS}, *TWO_NODES)[0] == [HIGH, LOW]
+
+
+@pytest.mark.parametrize("second", [BIOS, (0, b"")])
+def test_mappings_that_are_equally_likely_are_named(second):
+    with pytest.raises(UnusableTargetError) as error:
+        concluded({LOW: second, HIGH: second}, "-m", "16")
+    assert f"{LOW:#x} (16 MiB); {HIGH:#x} (16 MiB); say which: base=ADDRESS" in str(error.value)
 
 
 # -- the monitor's output -----------------------------------------------------------------------------------
