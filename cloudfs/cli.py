@@ -131,7 +131,7 @@ def _prepare_streams() -> None:
     if sys.stdout is None:  # what is not open for writing gives EBADF as soon as something is printed
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", closefd=False)  # noqa: SIM115 - open as long as the program
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as above
     reconfigure = getattr(sys.stdout, "reconfigure", None)  # tests put other objects there
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")

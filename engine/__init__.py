@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from engine.bytes_memory import BytesMemory as BytesMemory
     from engine.connector import Connector as Connector
     from engine.connector import Target as Target
-    from engine.errors import *  # noqa: F403
+    from engine.errors import *  # noqa: F403 - all of its names are public
     from engine.file_memory import FileMemory as FileMemory
     from engine.machine import Instance as Instance
     from engine.machine import Machine as Machine
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from engine.oslayer import ThreadRegisters as ThreadRegisters
     from engine.targets import open_target as open_target
     from engine.translate.virtual import VirtualMemory as VirtualMemory
-    from engine.types import *  # noqa: F403
+    from engine.types import *  # noqa: F403 - as above
 
 
 def __getattr__(name: str) -> Any:

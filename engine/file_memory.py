@@ -76,7 +76,7 @@ class _Descriptor:
 
     def __del__(self, close: Callable[[int], None] = os.close, error: type[OSError] = OSError) -> None:
         # Bound as defaults: at the end of the interpreter the module's names are gone first.
-        try:  # noqa: SIM105
+        try:  # noqa: SIM105 - contextlib may be gone by then, too
             close(self.number)
         except error:  # as of a file on a FUSE file system whose server is gone: it is closed all the same
             pass

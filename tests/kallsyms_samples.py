@@ -178,5 +178,5 @@ class Image:
 @functools.cache
 def image(layout: str, count: int = 800, **changes: object) -> Image:
     """The image of one of the layouts; shared, so not to be written to."""
-    shape = replace(LAYOUTS[layout], **changes)  # type: ignore[arg-type]
+    shape = replace(LAYOUTS[layout], **changes)  # type: ignore[arg-type]  # of any kind
     return Image(symbols_of(shape, count), shape)

@@ -21,6 +21,12 @@ def require(condition: object, reason: str) -> None:
     pytest.skip(reason)
 
 
+def applies(condition: object, reason: str) -> None:
+    """Leave a test whose question does not arise here: another kernel, guest or mode. Nothing could be installed."""
+    if not condition:
+        pytest.skip(reason)
+
+
 REFUSED_WRITE = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
 """What opening a memory file for writing gives where nothing may be written: root gets past the mode."""
 

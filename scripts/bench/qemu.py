@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before tests/engine
@@ -146,7 +147,10 @@ def mapped_pairs(memory: engine.Memory, file: engine.FileMemory, view: memoryvie
         yield Pair(f"readinto of {name}, memcpy of the mapping", "us", copies, ours, 64)
     yield _scatter(memory, size, file.gather, "a raw file", at_most(1.2))
     rows = np.frombuffer(view, np.uint8).reshape(-1, PAGE)
-    take = lambda pages, out: rows.take((pages // PAGE).astype(np.intp), axis=0, out=out, mode="clip")  # noqa: E731
+
+    def take(pages: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> object:
+        return rows.take((pages // PAGE).astype(np.intp), axis=0, out=out, mode="clip")
+
     yield _scatter(memory, size, take, "numpy take of the mapping", None)
 
 

@@ -35,16 +35,16 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before tests/engine
 
-from guests.recorder import recorded  # noqa: E402  (after the path is set)
+from guests.recorder import recorded
 
-from cloudfs.render import maps_line, process_record  # noqa: E402
-from engine.bytes_memory import BytesMemory  # noqa: E402
-from engine.errors import EngineError  # noqa: E402
-from engine.file_memory import FileMemory  # noqa: E402
-from engine.oslayer import (  # noqa: E402
+from cloudfs.render import maps_line, process_record
+from engine.bytes_memory import BytesMemory
+from engine.errors import EngineError
+from engine.file_memory import FileMemory
+from engine.oslayer import (
     Base,
     KernelLog,
     OpenFiles,
@@ -54,8 +54,8 @@ from engine.oslayer import (  # noqa: E402
     Sockets,
     Symbols,
 )
-from engine.oslayers.linux import LinuxLayer  # noqa: E402
-from engine.types import Extent  # noqa: E402
+from engine.oslayers.linux import LinuxLayer
+from engine.types import Extent
 
 GUESTS = ("amd64-6.1-4level", "amd64-6.12", "arm64-6.1", "i386-6.1")
 PAGE = 4096

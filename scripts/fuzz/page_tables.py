@@ -22,18 +22,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before tests/engine
 
-from random_trees import addresses_of, random_memory, walked  # noqa: E402  (after the path is set)
+from random_trees import addresses_of, random_memory, walked
 
-from engine import accelerator  # noqa: E402
-from engine.bytes_memory import BytesMemory  # noqa: E402
-from engine.memory import Memory  # noqa: E402
-from engine.memory_map import MappedMemory, MapRange, MemoryMap  # noqa: E402
-from engine.translate import modes  # noqa: E402
-from engine.translate.bulk import WalkReport, blocks, translate  # noqa: E402
-from engine.translate.mmu import MmuSpec, Root  # noqa: E402
+from engine import accelerator
+from engine.bytes_memory import BytesMemory
+from engine.memory import Memory
+from engine.memory_map import MappedMemory, MapRange, MemoryMap
+from engine.translate import modes
+from engine.translate.bulk import WalkReport, blocks, translate
+from engine.translate.mmu import MmuSpec, Root
 
 EXTRA = ("aarch64-16k-47-high", "aarch64-64k-52-tbi", "aarch64-4k-52-lpa2", "arm-short-1", "arm-lpae-1-2-high")
 ROWS_MOST = 200_000

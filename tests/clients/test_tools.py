@@ -20,7 +20,7 @@ from clients.tools import TOOLS
 from clients.verdicts import ENDLESS, NOTHING, Cells, compare, matrix
 from clients.writers import WRITERS, Writable, check_writer
 from mounting import Mount, mounted, require_fuse
-from support import require
+from support import applies, require
 from targets import Target, running_target
 
 PAGE_FILE = Path(__file__).parents[2] / "docs/tools.md"
@@ -124,8 +124,8 @@ def test_the_page_says_what_was_seen(scene, reading, writing):
     assert text.startswith(HEAD)
     assert text.endswith(LIMITS)
     made_on, tables = read_tables(text)
-    if made_on != machine(scene):
-        pytest.skip(f"the page was made on {made_on}, this is {machine(scene)}")
+    elsewhere = f"the page was made on {made_on}, this is {machine(scene)}: CLOUDFS_WRITE_TOOLS=1 makes one of this"
+    applies(made_on == machine(scene), elsewhere)
     seen = {**_plain(reading), **_plain(writing)}
     for table in tables:
         print(table.text)

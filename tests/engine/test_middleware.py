@@ -6,7 +6,6 @@ import os
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hand_made_tables import DTB, USER, image
 from hypothesis import given
@@ -16,7 +15,7 @@ from engine.bytes_memory import BytesMemory
 from engine.connectors.dummy import made_bytes
 from engine.errors import FaultError, InvalidArgumentError
 from engine.machine import Machine
-from engine.memory import Memory
+from engine.memory import Addresses, Faults, Memory, Rows
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.middleware import wrap
 from engine.overlay import OverlayMemory
@@ -47,7 +46,7 @@ class Counting(BytesMemory):
         self.asked += 1
         super().readinto(address, buffer)
 
-    def gather(self, addresses: np.ndarray, out: np.ndarray) -> object:  # type: ignore[override]
+    def gather(self, addresses: Addresses, out: Rows) -> Faults:
         self.asked += 1
         return super().gather(addresses, out)
 

@@ -71,7 +71,7 @@ def start() -> Iterator[Callable[..., Living]]:
 
         def begin(*words: str, **more: object) -> Living:
             try:
-                return stack.enter_context(qemu(*words, **more))  # type: ignore[arg-type]
+                return stack.enter_context(qemu(*words, **more))  # type: ignore[arg-type]  # what `qemu` takes
             except MissingError as error:
                 require(False, str(error))
                 raise

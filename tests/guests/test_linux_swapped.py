@@ -13,7 +13,7 @@ from guests import contents
 from guests.contents import ContentsRecording, words
 from guests.kernels import MissingError
 from guests.recorder import sparse_copy
-from support import require
+from support import applies, require
 
 from engine.errors import EngineError, FaultError, FaultKind, PagedOutError
 from engine.file_memory import FileMemory
@@ -85,8 +85,8 @@ def test_a_swapped_page_s_slot_is_that_of_the_guest_s_pagemap(contained, layer, 
 
 
 def test_the_device_of_swap_is_named(contained, layer, process):
-    if layer.kernel.profile.symbol("swap_info") is None:
-        pytest.skip("this kernel does not tell where its table of swap areas is")
+    known = layer.kernel.profile.symbol("swap_info") is not None
+    applies(known, "this kernel (no KALLSYMS_ALL) does not tell where its table of swap areas is")
     start, _, first, _ = contained.told("anonymous")
     with pytest.raises(PagedOutError, match=r"slot \d+ of /dev/zram0$"):
         process.memory.u64(int(start, 16) + int(first) * contained.truth.page_size)
@@ -142,8 +142,8 @@ def test_a_file_of_large_folios_is_read_back_whole(contained, layer, process):
 
 
 def test_of_a_disk_s_file_all_is_read_that_mincore_found_in_memory_and_nothing_else(contained, process):
-    if "disk" not in {line[0] for line in contained.lines}:
-        pytest.skip("this guest could not mount its disk")
+    mounted = "disk" in {line[0] for line in contained.lines}
+    applies(mounted, "this guest's kernel has no driver for the disk that it was given (MODULES of guests/contents.py)")
     number, start, pages, resident = contained.told("disk")
     size = contained.truth.page_size
     expected = words("d", 257, 4096)[: contents.DISK_BYTES]
@@ -198,8 +198,7 @@ def test_a_vdso_that_was_never_called_is_an_image_all_the_same(contained, layer)
 
 @pytest.fixture
 def narrow(contained, layer):
-    if contained.guest.architecture not in contents.NARROW:
-        pytest.skip("this architecture has no programs of 32 bits")
+    applies(contained.guest.architecture in contents.NARROW, "this architecture has no programs of 32 bits")
     return layer.process(int(contained.told("narrow")[0]))
 
 

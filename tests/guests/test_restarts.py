@@ -17,7 +17,7 @@ from guests.monitor import Serial
 from guests.opened import Copy
 from guests.truth import secret_text
 from mounting import mounted
-from support import require
+from support import applies, require
 
 from engine.errors import FaultError, NotRecognisedError, ProcessExitedError, TargetGoneError
 from engine.oslayer import KernelLog, Symbols
@@ -58,8 +58,8 @@ def booted(ram: str) -> Iterator[Restarting]:
 @pytest.mark.slow
 @pytest.mark.parametrize("ram", ["private", "memfd"])
 def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram, request):
-    if ram == "memfd" and not request.config.getoption("--all-guests"):
-        pytest.skip("test_truth.py restarts one that has its RAM there: run with --all-guests")
+    wanted = ram != "memfd" or request.config.getoption("--all-guests")
+    applies(wanted, "test_truth.py restarts one that has its RAM there: --all-guests restarts it here too")
     with booted(ram) as guest:
         old = guest.fetch_truth()
         with mounted("-c", f"qemu:{guest.living.name}", "-o", "linux", limit=240) as mount:
@@ -96,8 +96,9 @@ def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram, re
 @pytest.fixture
 def copy(recording) -> Copy:
     made = Copy(recording)
-    if made.original.kernel.profile.types is None or made.original.kernel.profile.symbol("init_task") is None:
-        pytest.skip("what tells a boot is not known of this kernel")
+    profile = made.original.kernel.profile
+    known = profile.types is not None and profile.symbol("init_task") is not None
+    applies(known, "what tells one boot from another is not known of this kernel: no types, or no init_task")
     return made
 
 
@@ -108,8 +109,7 @@ def first_process_start(copy: Copy) -> int:
 
 
 def test_a_kernel_of_another_boot_is_another_kernel(copy):
-    if 1 not in copy.original.pids():
-        pytest.skip("this kernel came to no process of ours")
+    applies(1 in copy.original.pids(), "this kernel came to no process of ours: it panicked at its start")
     layer = copy.layer(lambda _: None, live=True)
     process = layer.process(1)
     first = next(process.regions(), None)
@@ -127,8 +127,7 @@ def test_a_kernel_of_another_boot_is_another_kernel(copy):
 
 def test_memory_without_a_kernel_any_more_shows_no_processes(copy):
     layer = copy.layer(lambda _: None, live=True)
-    if not layer.pids():
-        pytest.skip("this kernel has no processes")
+    applies(layer.pids(), "this kernel has no processes: it panicked at its start")
     process = layer.process(layer.pids()[-1])
     found = copy.original.kernel.found
     for at in range(found.image.start, found.image.start + found.image.size, PAGE):
@@ -166,8 +165,8 @@ def test_a_processor_is_known_to_be_in_its_kernel_by_its_registers(copy, recordi
 
 
 def test_a_machine_that_stands_still_in_its_kernel_is_paused_and_not_searched(copy, recording, monkeypatch):
-    if recording.guest.architecture != "amd64" or recording.guest.kernel == "amd64-5.10":
-        pytest.skip("only processors whose registers tell")
+    tells = recording.guest.architecture == "amd64" and recording.guest.kernel != "amd64-5.10"
+    applies(tells, "of this processor no registers were recorded that tell where it is")
     monkeypatch.setattr(running, "STILL", 0.2)
     layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="paused"))
     told = recording.registers
@@ -178,8 +177,8 @@ def test_a_machine_that_stands_still_in_its_kernel_is_paused_and_not_searched(co
 
 
 def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_come_back(copy, recording, monkeypatch):
-    if recording.guest.architecture != "amd64" or copy.original.kernel_memory is None:
-        pytest.skip("only processors whose registers tell")
+    tells = recording.guest.architecture == "amd64" and copy.original.kernel_memory is not None
+    applies(tells, "of this processor no registers were recorded that tell where it is")
     monkeypatch.setattr(running, "STILL", 0.2)
     told = {**recording.registers, "CR3": 0x1000}
     layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="running"))
@@ -207,8 +206,7 @@ def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_co
 
 
 def test_a_pc_whose_bios_counts_again_was_reset(copy):
-    if copy.original.kernel.found.machine != "x86_64":
-        pytest.skip("there is no such BIOS on this machine")
+    applies(copy.original.kernel.found.machine == "x86_64", "only a PC has a BIOS that counts")
     layer = copy.layer(lambda _: None, live=True)
     assert layer.pids()
     place = next(start for start, _, _ in copy._extents) + BIOS_TICKS

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from guests.recording import Recording
 from guests.truth import SECRET_SIZE, secret_text
+from support import applies
 
 from engine.errors import FaultError
 from engine.file_memory import FileMemory
@@ -163,8 +164,7 @@ def test_a_listing_finds_what_qemu_finds(space: Space) -> None:
 
 def test_user_mode_reads_what_qemu_lets_it_read(space: Space) -> None:
     pairs = space.recording.translations_as_user
-    if not pairs:
-        pytest.skip("QEMU's answer looks at no rights here")
+    applies(pairs, "x86 translations of QEMU's monitor look at no rights: none was recorded")
     for va, pa in pairs:
         found = space.walk(va)
         readable = found and Rights.USER | Rights.READ in found.rights
@@ -199,8 +199,7 @@ def test_no_page_is_found_in_a_process_that_its_kernel_does_not_tell(space: Spac
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_page_that_nobody_may_read_is_found_read_and_flagged(space: Space, name: str) -> None:
     truth = space.recording.truth
-    if name not in truth.secrets:
-        pytest.skip("this kernel has no huge pages")
+    applies(name in truth.secrets, "this guest's kernel was built without transparent huge pages")
     va = truth.secrets[name]
     assert space.walk(va) is None
     found = space.walk(va, linux=True)
@@ -226,8 +225,8 @@ def test_the_secrets_are_read_where_they_are(space: Space) -> None:
 
 
 def monitor(space: Space, name: str) -> list[str]:
-    if name not in space.recording.monitor:
-        pytest.skip(f"QEMU has no `info {name}` here, or it takes too long with 5 levels")
+    told = name in space.recording.monitor
+    applies(told, f"QEMU has no `info {name}` for this processor, or it takes minutes (5 levels): none was recorded")
     return space.recording.monitor[name].decode().splitlines()
 
 

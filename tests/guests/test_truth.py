@@ -20,7 +20,7 @@ from guests.kernels import MissingError
 from guests.living import wait_until
 from guests.obedient import COUNT, SECRET, WORD, Obedient, obedient
 from mounting import mounted
-from support import require
+from support import applies, require
 
 from engine.errors import NotRecognisedError, TargetGoneError
 from engine.machine import Machine
@@ -37,8 +37,8 @@ ALWAYS = ("memfd", "system_reset", "no")
 def in_all(request: pytest.FixtureRequest) -> None:
     """Of tests that are run with --all-guests alone: each takes 5 to 15 s."""
     parameters = getattr(request.node, "callspec", None)
-    if (parameters is None or parameters.id not in ALWAYS) and not request.config.getoption("--all-guests"):
-        pytest.skip("run with --all-guests")
+    always = parameters is not None and parameters.id in ALWAYS
+    applies(always or request.config.getoption("--all-guests"), "it takes 5 to 15 s: run with --all-guests")
 
 
 @contextlib.contextmanager

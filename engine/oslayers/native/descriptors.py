@@ -53,7 +53,7 @@ class Descriptors:
         # Bound as defaults: at the end of the interpreter the names of the module are gone first.
         for descriptor in (self.mem, self.pagemap, self.maps, self.pidfd):
             if descriptor >= 0:
-                try:  # noqa: SIM105
+                try:  # noqa: SIM105 - contextlib may be gone by then, too
                     close(descriptor)
                 except error:
                     pass

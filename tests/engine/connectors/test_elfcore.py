@@ -12,6 +12,7 @@ import pytest
 from hand_made_dumps import Load, elf_core, note
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import applies
 
 from engine.connectors.elfcore import ElfCoreConnector, KcoreConnector
 from engine.errors import (
@@ -163,14 +164,14 @@ def test_a_core_is_recognised_by_its_content(tmp_path):
     assert str(image_link(str(path))[1]).startswith("elfcore")
 
 
-@pytest.mark.skipif(os.path.exists("/proc/kcore"), reason="this kernel has a /proc/kcore")
 def test_a_kernel_without_kcore_is_said_to_have_none():
+    applies(not os.path.exists("/proc/kcore"), "this kernel has a /proc/kcore: the next test opens it")
     with pytest.raises(UnsupportedError, match="CONFIG_PROC_KCORE"):
         KcoreConnector.open("", {}, parent=None, writable=False)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/kcore"), reason="this kernel has no /proc/kcore")
 def test_this_machines_kcore_opens_for_root_alone():
+    applies(os.path.exists("/proc/kcore"), "this kernel has no /proc/kcore (CONFIG_PROC_KCORE)")
     if os.geteuid():
         with pytest.raises(AccessDeniedError, match="root"):
             KcoreConnector.open("", {}, parent=None, writable=False)

@@ -28,7 +28,7 @@ def tiny(**changes: object) -> MmuSpec:
                          EntryKind("swap", 3, 2, fault=FaultKind.PAGED_OUT))),
         ),
     }  # fmt: skip
-    return MmuSpec(**{**values, **changes})  # type: ignore[arg-type]
+    return MmuSpec(**{**values, **changes})  # type: ignore[arg-type]  # of any kind
 
 
 #      top at 0x10: table at 0x20 | 64 at 0x80 | 0 | 8 (no row)       0x20: 16 at 0x50, dirty | swap | 0 | 0x61
@@ -36,7 +36,7 @@ TINY = bytes(16) + bytes([0x25, 0x83, 0, 8]) + bytes(12) + bytes([0x5D, 0x32, 0,
 
 
 def walker(spec: MmuSpec | None = None, data: bytes = TINY, **options: object) -> Walker:
-    return Walker(BytesMemory(data), spec or tiny(), 0x10, **options)  # type: ignore[arg-type]
+    return Walker(BytesMemory(data), spec or tiny(), 0x10, **options)  # type: ignore[arg-type]  # what Walker takes
 
 
 def test_a_walk_says_all_that_its_entries_say():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import require
+from support import applies, require
 
 from engine.bytes_memory import BytesMemory
 from engine.errors import FaultError
@@ -62,8 +62,9 @@ class Capture:
 
 
 def capture(name: str) -> Capture:
-    if "CLOUDFS_TEST_DATA" not in os.environ:  # they are nobody's to pass on: an optional look
-        pytest.skip("CLOUDFS_TEST_DATA names no folder with captures of Windows")
+    # They are nobody's to pass on, so that no machine can be asked to have them.
+    wanted = f"captures of Windows: set CLOUDFS_TEST_DATA to a folder that has windows/{name}/pages.lime"
+    applies("CLOUDFS_TEST_DATA" in os.environ, wanted)
     folder = Path(os.environ["CLOUDFS_TEST_DATA"]) / "windows" / name
     require((folder / "pages.lime").is_file(), f"the Windows capture {name} is not in CLOUDFS_TEST_DATA")
     return Capture(folder)
