@@ -5,7 +5,8 @@
 Read-only. Blocks of a mebibyte are fetched by ranges, several at once, and kept up to 64 MiB. The file is taken for
 unchanging while it is open.
 
-fsspec is an optional package (the extra `remote`), and for most schemes wants one more: its own message says which.
+fsspec is an optional package (the extra `remote`), and for most schemes wants one more: paramiko for ssh (the extra
+`ssh`); of others its own message says which.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ SIZE_LIMIT = 1 << 46
 SILENCE = 10.0
 """Seconds without a byte after which a web server is taken for gone."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.", re.DOTALL)
+
+_PARAMIKO = "the package paramiko is not installed: pip install 'cloudfs[ssh]'"
 
 T = TypeVar("T")
 
@@ -136,7 +139,8 @@ class RemoteFile(BlockMemory):
         except TimeoutError:
             raise TargetTimeoutError(f"{self.path}: no answer in time") from None
         except ImportError as error:
-            raise PluginError("remote", f"{self.path} cannot be opened: {error}") from None
+            why = _PARAMIKO if self.path.startswith(("ssh://", "sftp://")) else str(error)
+            raise PluginError("remote", f"{self.path} cannot be opened: {why}") from None
         except ValueError as error:
             raise InvalidArgumentError(f"{self.path} cannot be opened: {error}") from None
         except Exception as error:  # whatever the library of that scheme raises

@@ -23,6 +23,7 @@ from engine.errors import (
     EngineError,
     InvalidArgumentError,
     NotFoundError,
+    PluginError,
     ReadOnlyError,
     TargetGoneError,
     UnsupportedError,
@@ -240,3 +241,10 @@ def test_without_fsspec_a_sentence_says_what_to_install(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "cloudfs[remote]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["ssh", "sftp"])
+def test_without_paramiko_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    with pytest.raises(PluginError, match=r"paramiko is not installed: pip install 'cloudfs\[ssh\]'"):
+        RemoteFile(f"{scheme}://nobody@127.0.0.1/image", {})
