@@ -100,6 +100,30 @@ def test_columns_tell_what_is_in_swap_too(contained, process):
     assert set(faults.kinds.tolist()) == {int(FaultKind.PAGED_OUT)}
 
 
+def test_a_page_in_the_cache_of_swap_is_read(contained, layer):
+    """Another process has read it again; the rest is in swap, or was read ahead with it."""
+    pid, start, pages, back = (int(word, base) for word, base in
+                               zip(contained.told("twin"), (10, 16, 10, 10), strict=True))  # fmt: skip
+    known = layer.kernel.profile.symbol("swapper_spaces") is not None
+    applies(known, "this kernel does not tell where its cache of swap is (no KALLSYMS_ALL, or kept otherwise: 6.18)")
+    size, memory = contained.truth.page_size, layer.process(pid).memory
+    expected = words("s", pages, size)
+    held = 0
+    for page in range(pages):
+        try:
+            data = memory.read(start + page * size, size)
+        except PagedOutError:
+            assert page >= back
+            continue
+        assert data == expected[page * size :][:size], page
+        held += 1
+    assert back <= held < pages
+    assert memory.read(start, back * size) == expected[: back * size]
+    values, faults = memory.words([start + page * size for page in range(pages)], "<u8")
+    assert len(faults) == pages - held
+    assert values.tolist()[:back] == [int.from_bytes(expected[page * size :][:8], "little") for page in range(back)]
+
+
 def test_a_closed_mapping_is_read_and_flagged(contained, process):
     start, pages = int(contained.told("closed")[0], 16), int(contained.told("closed")[1])
     size = contained.truth.page_size
@@ -165,6 +189,21 @@ def test_of_a_disk_s_file_all_is_read_that_mincore_found_in_memory_and_nothing_e
             with pytest.raises(FaultError):
                 process.memory.read(int(start, 16) + page * size, 1)
     assert sum(extent.size for extent in file.extents()) == held
+
+
+def test_a_file_of_hugetlbfs_is_read_back_and_what_was_never_written_is_zeros(contained, process):
+    applies("hugetlb" in {line[0] for line in contained.lines}, "this guest's kernel gave no huge pages")
+    number, start, huge = (int(word, base) for word, base in zip(contained.told("hugetlb"), (10, 16, 10), strict=True))
+    size = contained.truth.page_size
+    expected = bytearray(words("t", 3 * huge // size, size))
+    expected[huge : 2 * huge] = bytes(huge)
+    file = process.capability(CachedFiles).cached_file(str(number))
+    assert file.size == 3 * huge
+    for page in (*range(0, 3 * huge // size, 37), 3 * huge // size - 1):
+        assert file.read(page * size, size) == expected[page * size :][:size], page
+    assert file.read(0, 3 * huge) == expected
+    assert process.memory.read(start, huge) == expected[:huge]
+    assert [(extent.start, extent.size) for extent in file.extents()] == [(0, huge), (2 * huge, huge)]
 
 
 def test_files_are_listed_with_their_paths_and_sizes(contained, process):
@@ -256,7 +295,8 @@ def test_registers_equal_what_proc_syscall_says(contained, layer):
             if name is not None:
                 assert registers[name] == int(word, 0), (line[1], name)
         compared.append(process.info.architecture)
-    assert len(compared) == (2 if contained.guest.architecture in contents.NARROW else 1)
+    sleepers = 3  # the holder, the sharer and its twin
+    assert len(compared) == sleepers + (contained.guest.architecture in contents.NARROW)
 
 
 # -- damage ---------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ page); or a value, which is the trace of a page that was evicted, or, of a file 
 in swap where its page went. Each page is believed only if it names this file and its number in it.
 
 What is not cached of a file on a disk is a hole: nobody knows it here. Of a file in memory alone (tmpfs, ramfs, memfd,
-shared memory) it is zeros: it was never written.
+shared memory, hugetlbfs) it is zeros: it was never written. Files of DAX have no page cache: nothing of them is known.
 
-Sources: Linux include/linux/{pagemap,xarray,mm_types,page-flags}.h, mm/{filemap,shmem}.c; releases 5.10 to 7.x.
+Sources: Linux include/linux/{pagemap,xarray,mm_types,page-flags}.h, mm/{filemap,shmem}.c, fs/hugetlbfs/inode.c;
+releases 5.10 to 7.x.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ from engine.oslayers.linux.objects import Mask, Objects
 from engine.oslayers.linux.page_frames import PageFrames, page_frames
 from engine.oslayers.linux.paths import BLOCK, FILE_TYPE, REGULAR, Paths
 from engine.oslayers.linux.swap import CACHE_OFFSET_BITS
+from engine.oslayers.linux.swap_cache import swap_cache_of
 from engine.oslayers.linux.walks import xarray
 from engine.records import dataclass
 from engine.types import Extent
 
-IN_MEMORY = frozenset(("tmpfs", "devtmpfs", "ramfs", "rootfs", "shm"))
+IN_MEMORY = frozenset(("tmpfs", "devtmpfs", "ramfs", "rootfs", "shm", "hugetlbfs"))
 """File systems whose files lie in memory alone (names of fs/ramfs/inode.c, init/do_mounts.c, mm/shmem.c)."""
 BATCH_PAGES = 1024
 """Pages that are looked up at a time."""
-FOLIO_PAGES = 1 << 16
-"""More pages than a folio of the page cache has (MAX_PAGECACHE_ORDER of include/linux/pagemap.h: 2^13 at the most)."""
+FOLIO_PAGES = 1 << 19
+"""More pages than a folio of the page cache has: 2^18 of 4 KiB, where hugetlbfs has pages of 1 GiB."""
+HUGE_BITS = 36
+"""More than log2 of any huge page (16 GiB on some architectures)."""
 SIZE_LIMIT = 1 << 63
 ZERO = 255
 """Among kinds of faults: a page that was never written, which reads as zeros."""
@@ -87,10 +91,21 @@ class CachedPages(Memory):
         self.in_memory = file_system in IN_MEMORY
         self._shape = shape or _Shape.of(objects)
         self._frames: PageFrames = page_frames(kernel)
-        self._page_bits = self._frames.page_bits
-        self.page_size = 1 << self._page_bits
         self.inode = objects.pointer(mapping + self._shape.host.offset)
+        self._page_bits = self._frames.page_bits
+        if file_system == "hugetlbfs":
+            self._page_bits = self._huge_page_bits(objects)
+        self.page_size = 1 << self._page_bits
         self._last_size = self._read_size(objects)
+
+    def _huge_page_bits(self, objects: Objects) -> int:
+        """Log2 of what the numbers of this file's pages count: before 6.7 huge pages, where each has one entry."""
+        entries = xarray(objects, self.mapping + self._shape.pages.offset)
+        if next((width for _, _, width in entries), 0) != 1:
+            return self._page_bits
+        block = objects.pointer(self.inode + objects.struct("inode")["i_sb"].offset)
+        bits = objects.value(block, objects.struct("super_block")["s_blocksize_bits"])
+        return bits if self._page_bits < bits < HUGE_BITS else self._page_bits
 
     def _read_size(self, objects: Objects) -> int:
         size = objects.value(self.inode, self._shape.size)
@@ -131,6 +146,7 @@ class CachedPages(Memory):
             gone = entries & np.uint64(1) == 1
             kinds[gone] = FaultKind.PAGED_OUT
             physical[gone] = entries[gone] >> np.uint64(1)
+            self._back_from_swap(objects, np.flatnonzero(gone).tolist(), kinds, physical)
         rows = np.flatnonzero((entries >= np.uint64(objects.kernel_start)) & (entries & np.uint64(3) == 0))
         if len(rows):
             good, fresh, behind = self._believed(objects, entries[rows], rows.astype(np.uint64) + np.uint64(first))
@@ -143,6 +159,16 @@ class CachedPages(Memory):
             kinds[rows[there]] = 0
             physical[rows] = frames + (behind << np.uint64(self._page_bits))
         return kinds, physical
+
+    def _back_from_swap(self, objects: Objects, rows: list[int], kinds: _Kinds, physical: Addresses) -> None:
+        """Of pages in swap those that memory has, too: where they lie."""
+        cache = swap_cache_of(self.kernel, objects) if rows else None
+        if cache is None:
+            return
+        for row in rows:
+            found = cache.page(*_slot(int(physical[row])))
+            if found is not None:
+                kinds[row], physical[row] = 0, found
 
     def _believed(self, objects: Objects, entries: Addresses, numbers: Addresses) -> tuple[Mask, Mask, Addresses]:
         """(is a page of this file, holds its bytes, how many pages behind the first one of its folio)."""
@@ -183,8 +209,7 @@ class CachedPages(Memory):
         if kind == FaultKind.ABSENT:
             raise FaultError(at, detail="this page of the file is not in the page cache")
         if kind == FaultKind.PAGED_OUT:
-            number, offset = physical >> CACHE_OFFSET_BITS, physical & (1 << CACHE_OFFSET_BITS) - 1
-            raise PagedOutError(at, detail=self.kernel.swap_areas(self.kernel.objects()).place(number, offset))
+            raise PagedOutError(at, detail=self.kernel.swap_areas(self.kernel.objects()).place(*_slot(physical)))
         if kind:
             raise fault(at, FaultKind(kind))
         frame = physical + (at & self.page_size - 1)
@@ -213,6 +238,11 @@ class CachedPages(Memory):
             until = max(until, high)
         if begun < until:
             yield Extent(begun, until - begun)
+
+
+def _slot(entry: int) -> tuple[int, int]:
+    """(area, slot) of an entry of the page cache."""
+    return entry >> CACHE_OFFSET_BITS, entry & (1 << CACHE_OFFSET_BITS) - 1
 
 
 def _words(rows: Rows, member: Field, objects: Objects) -> Addresses:
@@ -292,6 +322,4 @@ class PageCache:
             raise NotFoundError("the file has no page cache")
         # The inode of the pages: of a file seen through another file system (overlay), or of a device, not its own.
         file_system = paths.file_system(objects.pointer(mapping + self._shape.host.offset))
-        if file_system == "hugetlbfs":
-            raise NotFoundError("pages of hugetlbfs are read where they are mapped alone")
         return CachedPages(self.kernel, mapping, file_system, self._shape)

@@ -25,6 +25,7 @@ from engine.oslayers.linux.cached_files import CachedPages, PageCache
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import Mapping, mappings_of
 from engine.oslayers.linux.special import special_pages
+from engine.oslayers.linux.swap_cache import SwapCache, swap_cache_of
 from engine.oslayers.linux.user_space import UserSpace
 from engine.translate.bulk import translate
 from engine.translate.mmu import AbsentHook, Root
@@ -78,6 +79,11 @@ class Mappings:
             return self.pages(mapping)
         size = mapping.stop - mapping.start + mapping.offset
         return special_pages(self.kernel, self.objects, self.mm, mapping.private, size)
+
+    @cached_property
+    def swap_cache(self) -> SwapCache | None:
+        """What memory holds of pages that are in swap; None where that is not known."""
+        return swap_cache_of(self.kernel, self.objects)
 
     @cached_property
     def _cache(self) -> PageCache:
@@ -171,6 +177,8 @@ class ProcessSpace(VirtualMemory):
                     super().readinto(at, part)
                 elif kinds[row] == FaultKind.ABSENT:
                     self._read_unmapped(mappings, at, part)
+                elif kinds[row] == FaultKind.PAGED_OUT:
+                    self._read_swapped(mappings, at, part)
                 else:
                     raise self._explained(at)
                 at = limit
@@ -197,6 +205,29 @@ class ProcessSpace(VirtualMemory):
                     raise error.moved(at - offset) from None
             at = limit
 
+    def _read_swapped(self, mappings: Mappings, address: int, buffer: memoryview) -> None:
+        """Read pages that are in swap, as far as memory has them too."""
+        at, stop = address, address + len(buffer)
+        while at < stop:
+            limit = min((at | self._step - 1) + 1, stop)
+            physical = self._in_swap_cache(mappings, at)
+            if physical is None:
+                raise self._explained(at)
+            frame = physical + (at & self._step - 1)
+            try:
+                self.physical.readinto(frame, buffer[at - address : limit - address])
+            except FaultError as fault:
+                raise fault.moved(at - frame) from None
+            at = limit
+
+    def _in_swap_cache(self, mappings: Mappings, address: int) -> int | None:
+        """Where the page lies that an entry says to be in swap; None where it is there alone."""
+        format_of, cache = self.kernel.swap_entries, mappings.swap_cache
+        if format_of is None or cache is None:
+            return None
+        number, offset = format_of.parts([entry for _, _, entry, _ in self.path(address)][-1])
+        return None if number in format_of.special else cache.page(number, offset)
+
     def _explained(self, address: int) -> FaultError:
         """The fault at an address that no mapping can help with: of a page in swap, where it is there."""
         found = FaultError(address)
@@ -216,10 +247,15 @@ class ProcessSpace(VirtualMemory):
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`."""
         faults = super().gather(addresses, out)
+        if not faults:
+            return faults
         absent = faults.kinds == FaultKind.ABSENT
-        if not faults or not absent.any():
+        swapped = faults.kinds == FaultKind.PAGED_OUT
+        if not (absent | swapped).any():
             return faults
         mappings, width = self.mappings(), out.shape[1]
+        if mappings.swap_cache is not None:
+            absent |= swapped
         starts, stops = mappings.own
         rows = faults.rows[absent]
         left = np.ones(len(rows), bool)
@@ -227,7 +263,7 @@ class ProcessSpace(VirtualMemory):
             first = addresses[rows]
             place = np.maximum(np.searchsorted(starts, first, "right").astype(np.intp) - 1, 0)
             inside = (faults.addresses[absent] == first) & self._split(first, width)
-            inside &= (first >= starts[place]) & (first < stops[place])
+            inside &= (first >= starts[place]) & (first < stops[place]) & ~swapped[absent]
             out[rows[inside]] = 0
             left = ~inside
         flat, still = out.data.cast("B"), dict(zip(faults.rows.tolist(), range(len(faults)), strict=True))

@@ -180,6 +180,61 @@ static void hold_disk(void)
     fprintf(list, "disk %d %llx %zu %s\n", file, (unsigned long long)(uintptr_t)at, pages, left);
 }
 
+static size_t huge_page_size(void)
+{
+    char line[100];
+    size_t kilobytes = 0;
+    FILE *file = fopen("/proc/meminfo", "re");
+    while (file && fgets(line, sizeof line, file))
+        sscanf(line, "Hugepagesize: %zu kB", &kilobytes);
+    if (file)
+        fclose(file);
+    return kilobytes * 1024;
+}
+
+/* A file of hugetlbfs whose first and third page are written, and the second never was. */
+static void hold_huge(void)
+{
+    size_t size = huge_page_size();
+    int file = open("/hugetlb/pages", O_RDWR | O_CREAT, 0600);
+    if (file < 0 || !size || ftruncate(file, 3 * size) < 0) {
+        say("note no hugetlbfs");
+        return;
+    }
+    char *at = mmap(NULL, 3 * size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (at == MAP_FAILED) {
+        say("note no huge pages");
+        return;
+    }
+    for (size_t i = 0; i < 3 * size / page_size; i++)
+        if (i / (size / page_size) != 1)
+            fill(at + i * page_size, 't', i);
+    fprintf(list, "hugetlb %d %llx %zu\n", file, (unsigned long long)(uintptr_t)at, size);
+}
+
+/* Two processes with the same pages in swap, some of which one of them has read again: those are in memory, in the
+ * cache of swap, and the page tables of the other say that they are in swap. */
+static void share(int told)
+{
+    size_t pages = 64, back = 8;
+    char *at = map(pages * page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    for (size_t i = 0; i < pages; i++)
+        fill(at + i * page_size, 's', i);
+    page_out(at, pages);
+    int twin = fork();
+    if (twin == 0)
+        for (;;)
+            pause();
+    for (size_t i = 0; i < back; i++)
+        (void)*(volatile char *)(at + i * page_size);
+    fprintf(list, "twin %d %llx %zu %zu\n", twin, (unsigned long long)(uintptr_t)at, pages, back);
+    fflush(list);
+    if (write(told, "s", 1) != 1)
+        die("init is gone");
+    for (;;)
+        pause();
+}
+
 static void hold(int told)
 {
     prctl(PR_SET_NAME, "holder");
@@ -188,6 +243,7 @@ static void hold(int told)
     hold_shared("small", "/tmp/small", 64, 16, 16);
     hold_shared("large", "/huge/large", 5 * MEBIBYTE / page_size, 0, 0);
     hold_disk();
+    hold_huge();
     fflush(list);
     if (write(told, "h", 1) != 1)
         die("init is gone");
@@ -249,6 +305,8 @@ int main(void)
     say("booted");
     mount_at("tmpfs", "tmpfs", "/tmp", 0, NULL);
     mount_at("tmpfs", "tmpfs", "/huge", 0, "huge=always,size=64M");
+    write_file("/proc/sys/vm/nr_hugepages", "3");
+    mount_at("hugetlbfs", "hugetlbfs", "/hugetlb", 0, NULL);
     load_modules();
     write_file("/proc/sys/kernel/kptr_restrict", "1");
     start_swapping();
@@ -260,6 +318,10 @@ int main(void)
         hold(told[1]);
     if (read(told[0], &byte, 1) != 1)
         die("holder is gone");
+    if (fork() == 0)
+        share(told[1]);
+    if (read(told[0], &byte, 1) != 1)
+        die("sharer is gone");
     if (access("/bin/narrow", X_OK) == 0) {
         if (fork() == 0)
             run_narrow();
