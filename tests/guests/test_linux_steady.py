@@ -132,6 +132,20 @@ def test_memory_that_is_held_is_not_that_of_the_next_program(copy, layer, keeper
     assert keeper.again().memory.read(next(keeper.regions()).start, 16)
 
 
+def test_memory_that_is_held_is_not_that_of_a_program_whose_mm_lies_where_the_first_one_did(copy, layer, keeper):
+    """As after two calls of exec: the mm that was freed last is given out next."""
+    start, field = next(keeper.regions()).start, copy.original.kernel.types.require("mm_struct")["pgd"]
+    memory, mm = keeper.memory, copy.word(task(copy, keeper, "mm"))
+    other = copy.word(task(copy, layer.process(1), "mm"))
+    assert memory.read(start, 16)
+    copy.set_word(mm + field.offset, copy.word(other + field.offset))
+    with pytest.raises(ProcessExitedError):
+        memory.read(start, 16)
+    with pytest.raises(ProcessExitedError):
+        list(memory.extents())
+    assert keeper.again().memory.roots != memory.roots
+
+
 def test_another_object_of_a_process_that_has_ended_is_not_made(copy, keeper):
     end(copy, keeper)
     with pytest.raises(ProcessExitedError):

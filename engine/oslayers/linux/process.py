@@ -19,7 +19,7 @@ from engine.oslayers.linux.cgroups import cgroups_of, paths_of
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import decoded
 from engine.oslayers.linux.paths import Paths
-from engine.oslayers.linux.spaces import process_space
+from engine.oslayers.linux.spaces import Watched, process_space
 from engine.oslayers.linux.standing import Standing
 from engine.oslayers.linux.tasks import DEAD, TaskRecord, Tasks
 from engine.translate.virtual import VirtualMemory
@@ -248,19 +248,24 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
 
     def _memory_of(self, record: TaskRecord) -> Memory:
         """The memory that it has by that record."""
-        if self._memory is None or self._memory[0] != record.mm:
-            self._memory = record.mm, self._space(record)
-        return self._memory[1]
+        known = self._memory
+        if known is None or known[0] != record.mm or (isinstance(known[1], Watched) and not known[1].stands()):
+            known = self._memory = record.mm, self._space(record)
+        return known[1]
 
     def _space(self, record: TaskRecord) -> Memory:
         pgd = self._pgd(record)
         if pgd is None or not record.mm:
             return NOTHING
-        live = self.kernel.base.live
-        check = partial(self._standing.check, record) if live else None
-        identity = partial(self._standing.identity, record)
         try:
-            return process_space(self.kernel, record.mm, pgd, check, identity)
+            if not self.kernel.base.live:
+                return process_space(self.kernel, record.mm, pgd)
+            top = record.mm + self.kernel.types.require("mm_struct")["pgd"].offset
+            space = self.kernel.found.memory.virt_to_phys(top), pgd
+            check, identity = self._standing.check, self._standing.identity
+            return process_space(
+                self.kernel, record.mm, pgd, partial(check, record, space), partial(identity, record, space)
+            )
         except FaultError:
             return NOTHING
 
@@ -295,6 +300,10 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
     def physical_maps(self) -> Iterator[PhysicalMap]:
         """See `PhysicalMaps.physical_maps`."""
         memory = self.memory
+        if isinstance(memory, Watched):
+            told = list(memory.physical_maps())
+            memory.check()
+            return iter(told)
         return memory.physical_maps() if isinstance(memory, VirtualMemory) else iter(())
 
     @property

@@ -352,6 +352,14 @@ class Watched(VirtualMemory):
             return None
         return space_on(self.physical, self.roots[0], *told)
 
+    def stands(self) -> bool:
+        """Whether it is the process's memory still."""
+        try:
+            self.check()
+        except NotFoundError:
+            return False
+        return True
+
     def _checked(self, door: Callable[[], R]) -> R:
         try:
             return door()

@@ -24,14 +24,24 @@ class Standing:
         self._record = record
         self._places: tuple[int, int | None, int | None] | None = None
 
-    def check(self, record: TaskRecord) -> None:
-        """Raise ProcessExitedError where it is no more what that record of it says, or another kernel runs."""
-        try:
-            self.kernel.look()
-        except NotRecognisedError:
-            raise ProcessExitedError(record.pid) from None
-        if self.kernel.replaced or not self.has_mm_of(record):
+    def check(self, record: TaskRecord, top: tuple[int, int] | None = None) -> None:
+        """Raise ProcessExitedError where it is no more what that record of it says, or another kernel runs.
+
+        `top`: (physical address, value) of what its mm has for its top page table. Who calls exec twice may have an mm
+        where his first one was: what was freed last is given out next.
+        """
+        if not self._runs_here() or not self.has_mm_of(record):
             raise ProcessExitedError(record.pid)
+        try:
+            same = top is None or self._word(top[0]) == top[1]
+        except FaultError:
+            same = False
+        if not same:
+            raise ProcessExitedError(record.pid)
+
+    def _word(self, place: int) -> int:
+        memory = self.kernel.found.physical
+        return memory.u64(place) if self.kernel.profile.word == 8 else memory.u32(place)
 
     def has_mm_of(self, record: TaskRecord) -> bool:
         """Whether its mm is still that of a record of it. Raises ProcessExitedError where it has ended."""
@@ -42,11 +52,11 @@ class Standing:
                 raise ProcessExitedError(record.pid)
             if mm is None:
                 return True
-            return (memory.u64(mm) if self.kernel.profile.word == 8 else memory.u32(mm)) == record.mm
+            return self._word(mm) == record.mm
         except FaultError:
             raise ProcessExitedError(record.pid) from None
 
-    def identity(self, record: TaskRecord) -> Identity | None:
+    def identity(self, record: TaskRecord, top: tuple[int, int] | None = None) -> Identity | None:
         """What `check` looks at, for reads that are done in C; None where that is not found now."""
         try:
             pid, start, mm = self._known_places()
@@ -57,6 +67,8 @@ class Standing:
             words.append((start, 8, record.start_ns))
         if mm is not None and record.mm is not None:
             words.append((mm, self.kernel.profile.word, record.mm))
+        if top is not None:
+            words.append((top[0], self.kernel.profile.word, top[1]))
         return sorted(words), self._runs_here
 
     def _runs_here(self) -> bool:
