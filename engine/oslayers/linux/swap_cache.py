@@ -34,8 +34,11 @@ class SwapCache:
 
     def __init__(self, kernel: Kernel, objects: Objects) -> None:
         """Raises NotFoundError where the kernel does not tell what this needs."""
+        table = kernel.profile.symbol("swapper_spaces")
+        if table is None:
+            raise NotFoundError("the kernel's symbols do not tell where swapper_spaces is")
         self.objects = objects
-        self._table = kernel.profile.require("swapper_spaces")
+        self._table = table
         space, page = objects.struct("address_space"), objects.struct("folio", "page")
         self._size, self._pages = space.size, space["i_pages"]
         self._flags, self._slot = page.first("flags.f", "flags"), page.first("swap.val", "private")
