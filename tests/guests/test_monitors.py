@@ -71,6 +71,21 @@ def test_the_monitor_for_people_is_asked_where_qmp_has_a_client(opened):
         assert other.ask("query-status")["status"] == "prelaunch"
 
 
+@pytest.mark.parametrize("way", ["tcp", "telnet", "abstract"])
+def test_monitors_on_ports_and_abstract_sockets_are_asked(opened, way):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    name = f"cloudfs-test-{os.getpid()}-{port}"
+    words = ["-monitor", f"{way}:127.0.0.1:{port},server=on,wait=off"]
+    if way == "abstract":
+        words = ["-chardev", f"socket,id=q,path={name},abstract=on,server=on,wait=off", "-mon", "q,mode=control"]
+    with started(more=["-S", *words], monitor="none") as living:
+        place = f"@{name}" if way == "abstract" else f"127.0.0.1:{port}"
+        connector = opened(living)
+        assert connector.info.notes[0] == f"the layout of its RAM is told by its monitor at {place}"
+        assert connector.memory_map.coalesced() == opened(living, qmp="no").memory_map.coalesced()
+
+
 def test_a_monitor_with_a_relative_path_is_found_from_where_qemu_runs(opened):
     words = ["-S", "-qmp", "unix:here,server=on,wait=off"]
     with started(more=words, monitor="none", before=["env", "-C", "{folder}"]) as living:

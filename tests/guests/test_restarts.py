@@ -186,14 +186,22 @@ def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_co
     assert memory is not None
     assert base is not None
     process, first = layer.process(1), memory.read(base, 16)
+    module, keeper = next(layer.modules()).memory, layer.process(copy.keeper)
+    file = keeper.cached_file(next(one.name for one in keeper.cached_files() if "-" in one.name))
+    assert module is not None
+    assert module.read(0, 16)
+    assert file.read(0, 4) == b"\x7fELF"
     wait_until(lambda: layer.info.state == "restarting", 60)
     with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):
         layer.pids()
     with pytest.raises(ProcessExitedError):
         process.check()
-    for door in (lambda: memory.read(base, 16), lambda: memory.u64(base), lambda: memory.cached().u64(base),
-                 lambda: memory.write(base, b"x"), lambda: list(layer.capability(Symbols).symbols()),
-                 lambda: list(layer.capability(KernelLog).records())):  # fmt: skip
+    doors = [
+        lambda: memory.read(base, 16), lambda: memory.u64(base), lambda: memory.cached().u64(base),
+        lambda: memory.write(base, b"x"), lambda: module.read(0, 16), lambda: file.read(0, 4),
+        lambda: list(layer.capability(Symbols).symbols()), lambda: list(layer.capability(KernelLog).records()),
+    ]  # fmt: skip
+    for door in doors:
         with pytest.raises(TargetGoneError, match="restarted"):
             door()
     told["CR0"] = 0x60000010

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from guests.kernels import MissingError
 from guests.living import wait_until
+from guests.monitor import Monitor
 from guests.obedient import COUNT, SECRET, WORD, Obedient, obedient
 from mounting import mounted
 from support import applies, require
@@ -234,6 +235,24 @@ def test_a_guest_whose_qemu_was_stopped_by_a_signal_hangs_nobody(in_all):
             assert longest < 15
         finally:
             os.kill(guest.living.pid, signal.SIGCONT)
+        wait_until(lambda: told(system)["state"] == "running", what="that it runs")
+
+
+def test_a_guest_that_stands_still_and_whose_monitors_are_busy_is_said_to_stand(in_all):
+    with guest_of() as guest, contextlib.closing(Monitor(guest.living.folder / "qmp")), shown(guest) as system:
+        guest.living.ask("stop")
+        longest = 0.0
+
+        def stands() -> bool:
+            nonlocal longest
+            began = time.monotonic()
+            record = told(system)
+            longest = max(longest, time.monotonic() - began)
+            return record["state"] is None and "it is paused, or being restarted" in notes(record)
+
+        wait_until(stands, 60, "that its clock stands")
+        assert longest < 20
+        guest.living.ask("cont")
         wait_until(lambda: told(system)["state"] == "running", what="that it runs")
 
 

@@ -62,7 +62,7 @@ class QemuConnector(Connector):
     summary = "a running QEMU/KVM guest, by name or PID"
     default_parent = "native"
     options_help = {
-        "qmp": "no: do not ask QEMU's monitor for the layout of RAM (yes: where one answers)",
+        "qmp": "no: ask no monitor of QEMU for the layout of RAM, registers, state (yes: where one answers)",
         "base": "address in QEMU's process where RAM begins, where it is not found",
         "size": "bytes of RAM (as the command line says)",
         "map": "a TOML file of ranges: base (physical), length, real_base (offset in RAM)",

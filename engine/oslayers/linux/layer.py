@@ -72,7 +72,7 @@ _NEEDED: dict[type, tuple[str, ...]] = {
 
 RESTARTS = 3
 """How often a list is begun anew when the machine was restarted meanwhile."""
-STANDS = 5.0
+STANDS = 3.0
 """Seconds that a clock stands before it is told; an idle kernel may sleep for less."""
 LIST_SHARE = 4
 """For one PID that has no number a list is not made again for so many times what it took."""

@@ -182,20 +182,20 @@ def identity_of(kernel: Kernel) -> Hashable:
 
 
 def marks_of(kernel: Kernel) -> list[tuple[int, int]]:
-    """(physical address, word) of what no kernel changes of its own that runs: to be looked at after each read."""
-    head, found = kernel.profile.symbol("init_task"), []
+    """(physical address, word) of what no kernel changes of its own that runs: to be looked at after each read.
+
+    One word, since that is looked at so often: the idle task's canary, else its link to the first process.
+    """
+    head = kernel.profile.symbol("init_task")
     try:
         task = kernel.objects().struct("task_struct")
+        member = task.get("stack_canary") or task["tasks"]
         if head is None or kernel.profile.word != 8:
             return []
-        for name in ("tasks", "stack_canary"):
-            member = task.get(name)
-            if member is not None:
-                place = kernel.found.memory.virt_to_phys(head + member.offset)
-                found.append((place, kernel.found.physical.u64(place)))
+        place = kernel.found.memory.virt_to_phys(head + member.offset)
+        return [(place, kernel.found.physical.u64(place))]
     except (NotFoundError, FaultError):
         return []
-    return found
 
 
 def _of_tasks(kernel: Kernel) -> tuple[int, ...]:
