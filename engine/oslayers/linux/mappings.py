@@ -13,6 +13,7 @@ from engine.errors import FaultError
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.vmas import vma_addresses
+from engine.oslayers.linux.walks import EVERYWHERE
 from engine.records import dataclass
 
 SHARED, UFFD_MISSING, PFNMAP, IO, HUGETLB, MIXEDMAP = 0x8, 0x200, 0x400, 0x4000, 0x40_0000, 0x1000_0000
@@ -43,15 +44,17 @@ class Mapping:
         return bool(self.file) and not self.flags & _NOT_PAGES
 
 
-def mappings_of(kernel: Kernel, objects: Objects, mm: int) -> list[Mapping]:
+def mappings_of(kernel: Kernel, objects: Objects, mm: int, within: tuple[int, int] = EVERYWHERE) -> list[Mapping]:
     """The mappings of the mm at `mm`, ascending and disjoint; broken ones are counted and left out.
+
+    Of others than those that hold an address from `within[0]` to `within[1]` some may be missing.
 
     Raises NotFoundError where the kernel's types lack what this needs.
     """
     vma = objects.struct("vm_area_struct")
     members = [vma["vm_start"], vma["vm_end"], vma.first("vm_flags", "__vm_flags"), vma["vm_pgoff"], vma["vm_file"]]
     members += [vma["vm_ops"], vma["vm_private_data"]]
-    column = objects.addresses(vma_addresses(objects, mm))
+    column = objects.addresses(vma_addresses(objects, mm, within))
     rows, good = [], np.ones(len(column), bool)
     for member in members:
         values, readable = objects.column(column, member)

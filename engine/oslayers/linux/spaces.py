@@ -27,6 +27,7 @@ from engine.oslayers.linux.mappings import Mapping, mappings_of
 from engine.oslayers.linux.special import special_pages
 from engine.oslayers.linux.swap_cache import SwapCache, swap_cache_of
 from engine.oslayers.linux.user_space import UserSpace
+from engine.oslayers.linux.walks import EVERYWHERE
 from engine.translate.bulk import translate
 from engine.translate.mmu import AbsentHook, Root
 from engine.translate.tower import space_on
@@ -45,12 +46,13 @@ BATCH_PAGES = 4096
 class Mappings:
     """The mappings of one process, for one operation over live memory, else for as long as they are asked for."""
 
-    def __init__(self, kernel: Kernel, mm: int) -> None:
+    def __init__(self, kernel: Kernel, mm: int, within: tuple[int, int] = EVERYWHERE) -> None:
+        """Of others than those that hold an address from `within[0]` to `within[1]` some may be missing."""
         self.kernel = kernel
         self.mm = mm
         self.objects = kernel.objects()
         try:
-            self.found = mappings_of(kernel, self.objects, mm)
+            self.found = mappings_of(kernel, self.objects, mm, within)
         except NotFoundError:
             self.found = []
         self.starts = [mapping.start for mapping in self.found]
@@ -121,21 +123,21 @@ class ProcessSpace(VirtualMemory):
             self.physical.cached(), self.roots, self.absent, keep=True, kernel=self.kernel, mm=self.mm
         )
 
-    def mappings(self) -> Mappings:
-        """What is mapped."""
+    def mappings(self, start: int = 0, stop: int | None = None) -> Mappings:
+        """What is mapped; where that is not kept, at least what holds an address of [start, stop)."""
         if self._mappings is not None:
             return self._mappings
-        found = self._found_mappings()
-        if self.keep:
-            self._mappings = found
+        if not self.keep:
+            return self._found_mappings((start, self.size if stop is None else stop))
+        found = self._mappings = self._found_mappings(EVERYWHERE)
         return found
 
-    def _found_mappings(self) -> Mappings:
+    def _found_mappings(self, within: tuple[int, int]) -> Mappings:
         """The mappings; where some are torn they are read again, and who ended meanwhile has left nothing out."""
         kernel = self.kernel
         for left in reversed(range(LOOKS if kernel.live else 1)):
             with kernel.counted() as skipped:
-                found = Mappings(kernel, self.mm)
+                found = Mappings(kernel, self.mm, within)
             if not skipped or not left:
                 break
             kernel.retried["VMA"] += 1
@@ -162,7 +164,11 @@ class ProcessSpace(VirtualMemory):
 
     def _read_on(self, address: int, buffer: memoryview) -> None:
         """Read from a page on that is not mapped."""
-        mappings, stop, bits = self.mappings(), address + len(buffer), self._step.bit_length() - 1
+        self._read_by_mappings(self.mappings(address, address + len(buffer)), address, buffer)
+
+    def _read_by_mappings(self, mappings: Mappings, address: int, buffer: memoryview) -> None:
+        """Read pages, those that are not mapped as the mappings say."""
+        stop, bits = address + len(buffer), self._step.bit_length() - 1
         at = address
         while at < stop:
             first = at >> bits
@@ -242,7 +248,7 @@ class ProcessSpace(VirtualMemory):
         number, offset = format_of.parts(entry)
         if format_of.special.get(number) == "device":
             return PagedOutError(address, detail="the page is in the memory of a device")
-        return PagedOutError(address, detail=self.mappings().areas.place(number, offset))
+        return PagedOutError(address, detail=self.mappings(address, address + 1).areas.place(number, offset))
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`."""
@@ -273,7 +279,7 @@ class ProcessSpace(VirtualMemory):
         for row in rows[left].tolist():
             address = int(addresses[row])
             try:
-                self.readinto(address, flat[row * width : (row + 1) * width])
+                self._read_by_mappings(mappings, address, flat[row * width : (row + 1) * width])
             except FaultError as error:
                 out[row, max(0, error.address - address) :] = 0
                 again.append((row, error.address, int(error.kind)))
@@ -320,7 +326,7 @@ class ProcessSpace(VirtualMemory):
             yield pending
 
     def _cached_extents(self, start: int, stop: int) -> Iterator[Extent]:
-        mappings = self.mappings()
+        mappings = self.mappings(start, stop)
         for mapping in mappings.found:
             low, high = max(mapping.start, start), min(mapping.stop, stop)
             source = mappings.source(mapping) if low < high else None

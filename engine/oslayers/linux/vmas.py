@@ -14,7 +14,7 @@ from engine.layout import Field
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.paths import Paths
-from engine.oslayers.linux.walks import chain, maple_tree
+from engine.oslayers.linux.walks import EVERYWHERE, chain, maple_tree
 from engine.types import Region, Rights
 
 VMA_LIMIT = 1 << 18
@@ -25,12 +25,15 @@ ANON_NAME_LIMIT = 80
 """ANON_VMA_NAME_MAX_LEN of include/linux/mm.h."""
 
 
-def vma_addresses(objects: Objects, mm: int) -> list[int]:
-    """The `struct vm_area_struct`s of an mm, ascending: from its maple tree (6.1 on), or its list."""
+def vma_addresses(objects: Objects, mm: int, within: tuple[int, int] = EVERYWHERE) -> list[int]:
+    """The `struct vm_area_struct`s of an mm, ascending: from its maple tree (6.1 on), or its list.
+
+    Of others than those that hold an address from `within[0]` to `within[1]` some may be missing.
+    """
     layout = objects.struct("mm_struct")
     tree = layout.get("mm_mt")
     if tree is not None:
-        return list(maple_tree(objects, mm + tree.offset, VMA_LIMIT))
+        return list(maple_tree(objects, mm + tree.offset, VMA_LIMIT, within))
     following = objects.struct("vm_area_struct")["vm_next"]
     try:
         first = objects.pointer(mm + layout["mmap"].offset)

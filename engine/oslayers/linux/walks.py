@@ -21,6 +21,7 @@ LIST_LIMIT = 1 << 20
 TREE_LIMIT = 1 << 20
 """Entries of a container; more is nothing that a kernel has."""
 DEPTH_LIMIT = 32
+EVERYWHERE = (0, (1 << 64) - 1)
 
 XA_NODE = 2
 """Low bits of an internal entry of an xarray or maple tree (xa_is_internal)."""
@@ -219,8 +220,13 @@ class _Xarray:
                     yield index, entry, siblings << bits
 
 
-def maple_tree(objects: Objects, tree: int, limit: int = TREE_LIMIT) -> Iterator[int]:
-    """The entries of the `struct maple_tree` at `tree` (of an mm: its VMAs), ascending."""
+def maple_tree(
+    objects: Objects, tree: int, limit: int = TREE_LIMIT, within: tuple[int, int] = EVERYWHERE
+) -> Iterator[int]:
+    """The entries of the `struct maple_tree` at `tree` (of an mm: its VMAs), ascending.
+
+    Nodes that have nothing to do with the indices from `within[0]` up to `within[1]` are not looked at.
+    """
     try:
         root = objects.pointer(tree + objects.struct("maple_tree")["ma_root"].offset)
     except FaultError:
@@ -230,7 +236,7 @@ def maple_tree(objects: Objects, tree: int, limit: int = TREE_LIMIT) -> Iterator
         if objects.is_pointer(root) and not root & 3:
             yield root
         return
-    yield from _maple_node(objects, root, 0, [limit], set())
+    yield from _maple_node(objects, root, 0, [limit], set(), within)
 
 
 def _maple_shapes(objects: Objects) -> dict[int, tuple[Field, Field]]:
@@ -240,7 +246,9 @@ def _maple_shapes(objects: Objects) -> dict[int, tuple[Field, Field]]:
     return {1: of_range, 2: of_range, 3: (alloc["pivot"], alloc["slot"])}
 
 
-def _maple_node(objects: Objects, entry: int, depth: int, budget: list[int], seen: set[int]) -> Iterator[int]:
+def _maple_node(
+    objects: Objects, entry: int, depth: int, budget: list[int], seen: set[int], within: tuple[int, int]
+) -> Iterator[int]:
     """Type in bits 6:3 of an entry that leads to a node, the node at its multiple of 256 (lib/maple_tree.c)."""
     kind, at = entry >> 3 & 15, entry & ~0xFF
     shape = _maple_shapes(objects).get(kind)
@@ -262,13 +270,18 @@ def _maple_node(objects: Objects, entry: int, depth: int, budget: list[int], see
         if budget[0] < 0:
             objects.skipped["broken maple tree"] += 1
             return
+        highest = limits[index] if index < len(limits) else 0
+        if highest and highest < within[0]:
+            continue
         if slot and kind == 1:
             # The last slot of a leaf that is not full may hold the node's own data (ma_meta): small numbers.
             if objects.is_pointer(slot) and not slot & 3:
                 yield slot
         elif slot and kind != 1 and objects.is_pointer(slot & ~0xFF):
-            yield from _maple_node(objects, slot, depth + 1, budget, seen)
-        if index < len(limits) and not limits[index]:
+            yield from _maple_node(objects, slot, depth + 1, budget, seen, within)
+        if highest >= within[1]:
+            return
+        if index < len(limits) and not highest:
             return  # pivot 0 behind the first slot: the node's entries stop here
 
 
