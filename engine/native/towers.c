@@ -228,6 +228,27 @@ static void forget(struct work *work)
     }
 }
 
+static int begun(struct work *work, const struct floor *floors, u64 count, int many)
+{
+    if (!count || count > FLOORS)
+        return 0;
+    work->floors = floors;
+    work->count = count;
+    work->many = many;
+    forget(work);
+    return 1;
+}
+
+static int all_same(struct work *work)
+{
+    work->many = 0;
+    forget(work); /* what tells whether a process is the same is read anew, tables and all */
+    for (u64 number = 0; number < work->count; number++)
+        if (work->floors[number].kind == SPACE && !same(work, number))
+            return 0;
+    return 1;
+}
+
 /* The arguments of `cloudfs_tower_read`, packed. */
 struct request { const struct floor *floors; u64 count, address, size; u8 *out; };
 
@@ -236,20 +257,24 @@ struct request { const struct floor *floors; u64 count, address, size; u8 *out; 
 PUBLIC int cloudfs_tower_read(const struct request *of)
 {
     struct work work;
-    if (!of->count || of->count > FLOORS)
+    if (!begun(&work, of->floors, of->count, of->size > TABLE_BYTES))
         return 0;
-    work.floors = of->floors;
-    work.count = of->count;
-    work.many = of->size > TABLE_BYTES;
-    forget(&work);
-    if (!fetch(&work, 0, of->address, of->out, of->size))
+    return fetch(&work, 0, of->address, of->out, of->size) && all_same(&work);
+}
+
+/* The arguments of `cloudfs_tower_gather`, packed. */
+struct rows { const struct floor *floors; u64 count; const u64 *addresses; u64 rows, width; u8 *out; };
+
+/* The same of `rows` rows of `width` bytes, each at an address of its own: all of them, or 0. */
+PUBLIC int cloudfs_tower_gather(const struct rows *of)
+{
+    struct work work;
+    if (!begun(&work, of->floors, of->count, 0))
         return 0;
-    work.many = 0;
-    forget(&work); /* what tells whether a process is the same is read anew, tables and all */
-    for (u64 number = 0; number < of->count; number++)
-        if (work.floors[number].kind == SPACE && !same(&work, number))
+    for (u64 row = 0; row < of->rows; row++)
+        if (!fetch(&work, 0, of->addresses[row], of->out + row * of->width, of->width))
             return 0;
-    return 1;
+    return all_same(&work);
 }
 
 PUBLIC u64 cloudfs_tower_floor_size(void) { return sizeof(struct floor); }

@@ -22,6 +22,7 @@ from engine.accelerator import Packed, place
 from engine.compiled import NotCompiledError
 from engine.errors import EngineError, UnsupportedError
 from engine.floors import Answer, Floor, Ground, HasFloor, Ranges, Space, Through, always
+from engine.memory import Addresses, Rows
 from engine.translate.accelerated import mode_of
 from engine.translate.mmu import Root
 from engine.translate.rows import rows_of
@@ -40,14 +41,15 @@ _Words = npt.NDArray[np.uint64]
 _Read = Callable[[int], int]
 _packed = Packed()
 _pack = struct.Struct("@5Q").pack_into
+_pack_rows = struct.Struct("@6Q").pack_into
 _WORD_AT = 40
 """Where in the packed request a word is put: behind it."""
 _words = {1: struct.Struct("=B"), 2: struct.Struct("=H"), 4: struct.Struct("=I"), 8: struct.Struct("=Q")}
 
 
 @functools.cache
-def _library() -> _Read | None:
-    """(a packed request) → whether it could; None where there is no compiler."""
+def _library() -> tuple[_Read, _Read] | None:
+    """What reads and what gathers: (a packed request) → whether it could; None where there is no compiler."""
     try:
         library = accelerator.opened("towers.c", ctypes.CDLL)
     except (NotCompiledError, OSError) as error:
@@ -56,10 +58,10 @@ def _library() -> _Read | None:
     library.cloudfs_tower_floor_size.restype = ctypes.c_uint64
     if library.cloudfs_tower_floor_size() != 8 * FLOOR_WORDS:
         raise AssertionError("towers.c and this module disagree about struct floor")
-    read = library.cloudfs_tower_read
-    read.argtypes = [ctypes.c_void_p]
-    made: _Read = read
-    return made
+    functions = library.cloudfs_tower_read, library.cloudfs_tower_gather
+    for function in functions:
+        function.argtypes = [ctypes.c_void_p]
+    return functions
 
 
 def space_on(
@@ -80,16 +82,18 @@ def space_on(
 class Tower:
     """Floors down to the ground. Safe for concurrent readers."""
 
-    __slots__ = ("_at", "_behind", "_count", "_keepers", "_read", "spaces", "stands")
+    __slots__ = ("_at", "_behind", "_count", "_gather", "_keepers", "_read", "deep", "lacks_pieces", "stands")
 
-    def __init__(self, read: _Read, floors: Sequence[Floor], ground: Ground) -> None:
-        self._read = read
+    def __init__(self, functions: tuple[_Read, _Read], floors: Sequence[Floor], ground: Ground) -> None:
+        self._read, self._gather = functions
         self.stands = ground.stands
         """Whether it can be used now."""
         told = (floor.holds for floor in floors if isinstance(floor, (Space, Through)))
         self._behind = [holds for holds in told if holds is not always]
-        self.spaces = sum(isinstance(floor, Space) for floor in floors)
-        """How many page tables a read goes through."""
+        self.deep = sum(isinstance(floor, Space) for floor in floors) > 1
+        """Whether a read goes through more than one tree of page tables."""
+        self.lacks_pieces = self.deep or ground.pagemap >= 0
+        """Whether this is the only way to it in C: nothing of it is mapped here."""
         self._keepers: list[object] = list(floors)
         rows = [row for floor in floors if not isinstance(floor, Through) for row in self._row(floor)]
         column = np.array(rows, np.uint64)
@@ -128,6 +132,15 @@ class Tower:
         _pack(packed.buffer, 0, self._at, self._count, address, size, target)
         return bool(self._read(packed.address)) and self._holds()
 
+    def gather(self, addresses: Addresses, out: Rows) -> bool:
+        """Fill all rows of `out`; False, and anything in it, where the memory's own method has to be asked."""
+        count, width = out.shape
+        if not count or not width or not out.flags.c_contiguous:
+            return False
+        addresses, packed = np.ascontiguousarray(addresses), _packed
+        _pack_rows(packed.buffer, 0, self._at, self._count, place(addresses), count, width, place(out))
+        return bool(self._gather(packed.address)) and self._holds()
+
     def word(self, address: int, size: int) -> int | None:
         """The word of 1, 2, 4 or 8 bytes; None where the memory's own method has to be asked."""
         if not 0 <= address < ADDRESS_SPACE:
@@ -143,8 +156,8 @@ class Tower:
 
 def tower_of(memory: object) -> Tower | None:
     """The tower whose uppermost floor a memory is; None where there is none now."""
-    read = _library()
-    if read is None:
+    functions = _library()
+    if functions is None:
         return None
     floors: list[Floor] = []
     while len(floors) <= 4 * FLOORS_MOST:
@@ -154,13 +167,13 @@ def tower_of(memory: object) -> Tower | None:
         floors.append(floor)
         if isinstance(floor, Ground):
             solid = sum(not isinstance(each, Through) for each in floors)
-            return _built(read, floors, floor) if solid <= FLOORS_MOST else None
+            return _built(functions, floors, floor) if solid <= FLOORS_MOST else None
         memory = floor.below
     return None
 
 
-def _built(read: _Read, floors: Sequence[Floor], ground: Ground) -> Tower | None:
+def _built(functions: tuple[_Read, _Read], floors: Sequence[Floor], ground: Ground) -> Tower | None:
     try:
-        return Tower(read, floors, ground)
+        return Tower(functions, floors, ground)
     except OverflowError:  # a DTB that no machine has
         return None

@@ -11,6 +11,7 @@ it, unless the memory is immutable (`keep`) or the view was made for one operati
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ BULK_PAGES = 12
 """From so many pages on one vectorised walk is faster than as many scalar ones (measured)."""
 TOWER_PAUSE = 256
 """Reads until it is tried again whether C can do them all the way down (`tower`)."""
+TOWER_ROWS = 64
+"""More rows than that are translated in one pass (measured)."""
 TOWER_BYTES = 1 << 20
 """Larger reads are translated in one pass (measured)."""
 KEPT_PAGES = 4
@@ -46,6 +49,9 @@ BATCH_PAGES = 1 << 14
 """Pages that one read translates at a time."""
 EXTENT_BUFFER = 1 << 20
 """Working memory of `extents`: who asks often wants the first one soon."""
+
+
+V = TypeVar("V", bound="VirtualMemory")
 
 
 class VirtualMemory(Memory):
@@ -70,6 +76,8 @@ class VirtualMemory(Memory):
         self.absent = absent
         self.keep = keep
         self._tower: Tower | None = None
+        self._few: Tower | None = None
+        """Of a view that keeps what it reads: gathers few rows."""
         self._tower_pause = TOWER_PAUSE if keep else 0
         self._tables = physical.for_tables()
         constants = physical.for_constants()
@@ -103,7 +111,7 @@ class VirtualMemory(Memory):
 
     def cached(self) -> VirtualMemory:
         """See `Memory.cached`: remembers page tables until it is thrown away."""
-        return type(self)(self.physical.cached(), self.roots, self.absent, keep=True)
+        return self._shared(type(self)(self.physical.cached(), self.roots, self.absent, keep=True))
 
     # -- all the way down in C ---------------------------------------------------------------------------
 
@@ -126,6 +134,21 @@ class VirtualMemory(Memory):
         if tower is None:
             self._tower_pause = TOWER_PAUSE
         return tower if tower is not None and tower.stands() else None
+
+    def _shared(self, view: V) -> V:
+        """A view of the same that keeps what it reads, with what reads deeper than it can remember."""
+        tower = self.tower()
+        if tower is not None and tower.lacks_pieces:
+            view._few = tower
+            view._tower = tower if tower.deep else None
+        return view
+
+    def gather_down(self, addresses: Addresses, out: Rows) -> bool:
+        """Fill few rows; False, and anything in them, where that has to be done otherwise."""
+        if len(addresses) > TOWER_ROWS or out.shape[1] > self._step:
+            return False
+        tower = self._few if self.keep else self.tower()
+        return tower is not None and tower.lacks_pieces and tower.stands() and tower.gather(addresses, out)
 
     def _word(self, address: int, size: int) -> int | None:
         """The word there; None where it has to be read by single steps."""
@@ -364,6 +387,8 @@ class VirtualMemory(Memory):
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`: one pass of translation, one gather."""
         width = out.shape[1]
+        if self.gather_down(addresses, out):
+            return NO_FAULTS
         if len(addresses) <= COLUMN_THRESHOLD or not 0 < width <= self._step:
             return super().gather(addresses, out)
         within = self._split(addresses, width)

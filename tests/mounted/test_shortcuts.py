@@ -120,6 +120,23 @@ def test_a_hole_of_a_sparse_file_stays_one(raw: Mount, image: Path) -> None:
     assert image.stat().st_blocks == before
 
 
+def test_a_file_with_holes_is_read_out_of_its_mapping_and_its_holes_stay(image: Path) -> None:
+    require(shim_compiles(), "the shim cannot be compiled here")
+    with open(image, "r+b") as file:
+        file.truncate(1 << 20)
+        file.truncate(8 << 20)
+    before, whole = image.stat().st_blocks, image.read_bytes()
+    with mounted(f"raw:{image}:live=yes") as mount, opened(mount, PHYS_MEM) as number:
+        for offset in (0, 4 << 20, (1 << 20) - (64 << 10)) * 3:
+            for size in (128 << 10, 1 << 20):
+                assert os.pread(number, size, offset) == whole[offset : offset + size]
+        smaps = Path(f"/proc/{mount.daemon.pid}/smaps").read_text().splitlines()
+        at = next(index for index, line in enumerate(smaps) if line.endswith(str(image)))
+        resident = next(line for line in smaps[at:] if line.startswith("Rss:"))
+    assert int(resident.split()[1]) >= 512, "all was copied by read(2) first"
+    assert image.stat().st_blocks == before
+
+
 def test_a_file_that_is_cut_under_its_mapping_costs_nobody_his_life(raw: Mount, image: Path) -> None:
     with opened(raw, PHYS_MEM) as file:
         for _ in range(3):
@@ -257,6 +274,12 @@ def test_nothing_of_the_program_before_is_seen_when_a_process_runs_another(
         process.wait(10)
         with pytest.raises(OSError):
             os.pread(file, 8, start)
+
+
+def shim_compiles() -> bool:
+    """Asked in a program of its own: where it was loaded it stands in front of libfuse."""
+    words = [sys.executable, "-c", "from cloudfs import shim; print(shim.load() is not None)"]
+    return subprocess.run(words, capture_output=True, timeout=LIMIT, check=True).stdout == b"True\n"
 
 
 def test_python_is_asked_for_few_of_many_reads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from engine.errors import FaultError, FaultKind, NotFoundError, PagedOutError
 from engine.floors import Floor
-from engine.memory import Addresses, Data, Faults, Memory, Rows
+from engine.memory import NO_FAULTS, Addresses, Data, Faults, Memory, Rows
 from engine.oslayers.linux.cached_files import CachedPages, PageCache
 from engine.oslayers.linux.kernel import Kernel
 from engine.oslayers.linux.mappings import Mapping, mappings_of
@@ -403,6 +403,8 @@ class Watched(VirtualMemory):
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`. Raises ProcessExitedError."""
+        if self.gather_down(addresses, out):
+            return NO_FAULTS
         return self._checked(lambda: super(Watched, self).gather(addresses, out))
 
     def u8(self, address: int) -> int:
@@ -443,8 +445,7 @@ class WatchedSpace(Watched, ProcessSpace):
             self.physical.cached(), self.roots, self.absent, keep=True, kernel=self.kernel, mm=self.mm
         )
         view.check, view.is_look_due, view.identity = self.check, self.is_look_due, self.identity
-        view._tower = self.tower()  # the same bytes
-        return view
+        return self._shared(view)
 
 
 class WatchedUserSpace(Watched, UserSpace):

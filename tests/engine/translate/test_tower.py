@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from every_mode import MODES, built
 from support import require
@@ -99,6 +100,31 @@ def test_bytes_over_pages_are_theirs_and_none_are_given_where_one_is_absent(file
         assert buffer == (bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * PAGE)[start : start + size]
     assert not tower.readinto(ADDRESS, memoryview(bytearray(3 * PAGE + 1)))
     assert not tower.readinto(ADDRESS - 1, memoryview(bytearray(2)))
+
+
+def test_rows_are_theirs_and_none_are_given_where_one_is_absent(file):
+    tree = one_page(file)
+    tower = tower_of(VirtualMemory(file, [(tree.spec, tree.dtb)]))
+    out = np.zeros((4, 6), np.uint8)
+    places = np.array([ADDRESS + 2 * PAGE, ADDRESS + PAGE - 3, ADDRESS, ADDRESS + PAGE], np.uint64)
+    assert tower.gather(places, out)
+    assert out.tolist() == [[3] * 6, [1] * 3 + [2] * 3, [1] * 6, [2] * 6]
+    places[3] = ADDRESS + 3 * PAGE - 5
+    assert not tower.gather(places, out)
+    assert not tower.gather(places[:0], out[:0])
+
+
+def test_a_view_for_one_operation_reads_as_deep_as_what_it_is_of(file):
+    tree, host = one_page(file), PageTableBuilder(mode("ept"), base=1 << 40, noise=False)
+    for page in range(2048):
+        host.map(page * PAGE, page * PAGE)
+    file.write(host.base, host.data)
+    memory = VirtualMemory(VirtualMemory(file, [(host.spec, host.dtb)]), [(tree.spec, tree.dtb)])
+    view, out = memory.cached(), np.zeros((2, 8), np.uint8)
+    assert view.tower() is memory.tower() is not None
+    assert view.u64(ADDRESS + PAGE) == 0x0202020202020202
+    assert view.gather_down(np.array([ADDRESS, ADDRESS + 2 * PAGE], np.uint64), out)
+    assert out.tolist() == [[1] * 8, [3] * 8]
 
 
 def test_what_lies_in_two_ranges_is_put_together_and_nothing_is_given_between_them(file):
