@@ -163,6 +163,8 @@ def test_a_daemon_is_asked_by_a_path_that_was_meant_where_it_began(start, opened
         connector = opened(name)
         assert "told by its monitor at q" in connector.info.notes[0]
         assert connector.info.target == f"{name} (pid {pid})"
+        listed = {target.name for target in QemuConnector.targets(NativeLayer.open(Base(live=True), {}))}
+        assert str(pid) in listed, "nobody can type its name"
     finally:
         os.kill(pid, 9)
 

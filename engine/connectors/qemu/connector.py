@@ -129,14 +129,14 @@ class QemuConnector(Connector):
 
     @classmethod
     def targets(cls, parent: OsLayer | None) -> Iterator[Target]:
-        """The guests that run on the parent, by name where it is theirs alone, else by PID."""
+        """The guests that run on the parent, by name where it is theirs alone and can be typed, else by PID."""
         if parent is None:
             return
         found = list(guests(parent))
         names = [guest.line.name for guest in found]
         for guest in found:
-            alone = guest.line.name is not None and names.count(guest.line.name) == 1
-            yield Target(guest.name if alone else str(guest.pid), guest.description)
+            told = guest.line.name is not None and names.count(guest.line.name) == 1 and guest.line.name.isprintable()
+            yield Target(guest.name if told else str(guest.pid), guest.description)
 
     @property
     def memory(self) -> Memory:

@@ -14,6 +14,10 @@ from engine.oslayer import HostOwned, OsLayer, Process
 from engine.records import dataclass
 
 
+TEARDOWN = "cleanup/"
+"""How the process is called that tears down what QEMU leaves, with its arguments (util/async-teardown.c)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
     """A process that runs a guest."""
@@ -59,6 +63,8 @@ def guest_of(process: Process) -> Guest | None:
         info = process.info
     except (NotFoundError, AccessDeniedError, FaultError):
         return None
+    if info.name.startswith(TEARDOWN):
+        return None
     arguments = info.command_line or ()
     host = process.capability(HostOwned) is not None
     found = called(info.executable, arguments)
@@ -77,7 +83,7 @@ def guests(parent: OsLayer) -> Iterator[Guest]:
     there: dict[int | None, CommandLine] = {}
     for process in parent.processes():
         found = guest_of(process)
-        # A child with its parent's words tears down what that leaves (-async-teardown), or runs another program soon.
+        # A child with its parent's words runs another program soon.
         if found is not None and there.get(found.ppid) != found.line:
             there[found.pid] = found.line
             yield found
