@@ -13,7 +13,6 @@ from engine.errors import AccessDeniedError, FaultError, InvalidArgumentError, N
 from engine.oslayer import HostOwned, OsLayer, Process
 from engine.records import dataclass
 
-
 TEARDOWN = "cleanup/"
 """How the process is called that tears down what QEMU leaves, with its arguments (util/async-teardown.c)."""
 
