@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ending import ends_with_us
 from guests.living import wait_until
-from support import ends_with_us, require
+from support import require
 
 URI = "qemu:///system"
 SOCKETS = Path("/run/libvirt")

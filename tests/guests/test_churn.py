@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from ending import ends_with_us
 from guests import churn_readers
 from guests.churn_readers import SIZE, STAMP, Stamp, stamped
 from guests.churning import LASTING, churning, made
 from guests.kernels import MissingError
 from guests.living import wait_until
 from mounting import Mount, mounted
-from support import ends_with_us, require
+from support import require
 
 from engine.errors import EngineError
 from engine.file_memory import FileMemory
