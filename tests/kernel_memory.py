@@ -40,9 +40,9 @@ TYPES = Types(
         "address_space": (64, {"host": (0, 8), "i_pages": (8, 16)}),
         "inode": (64, {"i_size": (8, 8)}),
         "page": (64, {"flags": (0, 8)}),
-        "folio": (64, {"flags": (0, 8), "mapping": (24, 8), "index": (32, 8)}),
+        "folio": (64, {"flags": (0, 8), "mapping": (24, 8), "index": (32, 8), "private": (40, 8)}),
     },
-    {"pageflags": {"PG_uptodate": 2}},
+    {"pageflags": {"PG_uptodate": 2, "PG_swapcache": 10}},
 )
 
 
