@@ -7,7 +7,7 @@ import types
 
 import pytest
 from guests.catalogue import BTF
-from guests.recording import Recording
+from guests.opened import opened
 
 from cloudfs.render import log_lines, maps_line
 from cloudfs.render.net import net_lines
@@ -17,30 +17,15 @@ from engine.oslayer import Base, KernelLog, OpenFiles, ProcFiles, Sockets, Symbo
 from engine.oslayers.linux import LinuxLayer
 
 
-@pytest.fixture(scope="module")
-def layers():
-    """Each guest's layer, opened once."""
-    kept: dict[str, LinuxLayer] = {}
-
-    def of(recording: Recording) -> LinuxLayer:
-        name = str(recording.image)
-        if name not in kept:
-            kept[name] = LinuxLayer.open(Base(FileMemory(name, immutable=True)), {})
-        return kept[name]
-
-    yield of
-    kept.clear()
+@pytest.fixture
+def layer(recording):
+    return opened(recording)
 
 
 @pytest.fixture
-def layer(recording, layers):
-    return layers(recording)
-
-
-@pytest.fixture
-def with_types(typed, layers):
+def with_types(typed):
     """The layer of a guest whose kernel carries its types."""
-    return layers(typed)
+    return opened(typed)
 
 
 def test_the_kernel_is_found_with_its_release_and_page_tables(recording, layer):

@@ -6,38 +6,22 @@ from itertools import pairwise
 
 import pytest
 from guests.catalogue import BTF, selected
+from guests.opened import opened
 from guests.program import compiled
-from guests.recording import Recording
 from guests.truth import secret_text
 from readelf import Readelf, by_place
 
 from engine.errors import FaultError
-from engine.file_memory import FileMemory
-from engine.oslayer import Base, ProcFiles
+from engine.oslayer import ProcFiles
 from engine.oslayers.linux import LinuxLayer
 from engine.oslayers.linux.cached_files import CachedFile, PageCache
 from engine.oslayers.linux.files import Descriptors
 from engine.oslayers.linux.page_frames import found_by_mapped_pages, page_frames
 
 
-@pytest.fixture(scope="module")
-def layers():
-    """Each guest's layer, opened once."""
-    kept: dict[str, LinuxLayer] = {}
-
-    def of(recording: Recording) -> LinuxLayer:
-        name = str(recording.image)
-        if name not in kept:
-            kept[name] = LinuxLayer.open(Base(FileMemory(name, immutable=True)), {})
-        return kept[name]
-
-    yield of
-    kept.clear()
-
-
 @pytest.fixture
-def layer(typed, layers):
-    return layers(typed)
+def layer(typed):
+    return opened(typed)
 
 
 @pytest.fixture
