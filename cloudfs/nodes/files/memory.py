@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat as st
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
@@ -223,6 +224,39 @@ class OpenMemory(OpenFile):
             writable=found.writable and self._writable,
         )
 
+    def read_nowait(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview | None:
+        """See `OpenFile.read_nowait`."""
+        # The hot path: what `_check` and `_count` do is written out. A memory's own size is only asked for after a
+        # fault: nothing can be read behind it.
+        instance = self._instance
+        if instance.current_layer is not self._layer or instance.current_connector is not self._connector:
+            self._check()
+        fixed = self._fixed_size
+        if fixed is not None and fixed - offset < size:
+            size = fixed - offset
+            if size <= 0:
+                return b""
+        counters = instance.counters
+        address = self._base + offset
+        quick = self._read_small if size < BORROW_SIZE else self._borrow
+        if quick is not None and (data := quick(address, size)) is not None:
+            counters.reads += 1
+            counters.bytes_read += size
+            return data
+        buffer = scratch[:size]
+        try:
+            if not self._readinto_nowait(address, buffer):
+                return None
+        except FaultError as error:
+            return self._despite(offset, buffer, error)
+        counters.reads += 1
+        counters.bytes_read += size
+        return buffer
+
+    @abstractmethod
+    def _despite(self, offset: int, buffer: memoryview, error: FaultError) -> memoryview | None:
+        """What a read gives, without waiting, that met a fault; None where it has to wait."""
+
     def count(self, reads: int, bytes_read: int, writes: int, bytes_written: int) -> None:
         """See `OpenFile.count`."""
         counters = self._instance.counters
@@ -263,37 +297,16 @@ class OpenMemory(OpenFile):
 class OpenExact(OpenMemory):
     """Reads give the bytes before the first fault; FaultError where there are none."""
 
-    def read_nowait(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview | None:
-        """See `OpenFile.read_nowait`."""
-        # The hot path: what `_check` and `_count` do is written out.
-        instance = self._instance
-        if instance.current_layer is not self._layer or instance.current_connector is not self._connector:
-            self._check()
-        fixed = self._fixed_size
-        if fixed is not None and fixed - offset < size:
-            size = fixed - offset
-            if size <= 0:
-                return b""
-        counters = instance.counters
-        address = self._base + offset
-        quick = self._read_small if size < BORROW_SIZE else self._borrow
-        if quick is not None and (data := quick(address, size)) is not None:
-            counters.reads += 1
-            counters.bytes_read += size
-            return data
-        buffer = scratch[:size]
-        try:
-            if not self._readinto_nowait(address, buffer):
-                return None
-        except FaultError as error:
-            counters.faults += 1
-            size = error.address - address
-            if size <= 0:
-                raise
-            buffer = buffer[:size]
-        counters.reads += 1
-        counters.bytes_read += size
-        return buffer
+    def _despite(self, offset: int, buffer: memoryview, error: FaultError) -> memoryview:
+        size = error.address - self._base - offset
+        if size <= 0:
+            self._instance.counters.faults += 1
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
+        self._count(size, 1)
+        return buffer[:size]
 
     def read(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview:
         """See `OpenFile.read`."""
@@ -319,35 +332,10 @@ class OpenExact(OpenMemory):
 class OpenWhole(OpenMemory):
     """Reads give all bytes up to the file's size; zeros stand where nothing can be read."""
 
-    def read_nowait(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview | None:
-        """See `OpenFile.read_nowait`."""
-        # Hot too. A memory's own size is only asked for after a fault: nothing can be read behind it.
-        instance = self._instance
-        if instance.current_layer is not self._layer or instance.current_connector is not self._connector:
-            self._check()
-        fixed = self._fixed_size
-        if fixed is not None and fixed - offset < size:
-            size = fixed - offset
-            if size <= 0:
-                return b""
-        counters = instance.counters
-        address = self._base + offset
-        quick = self._read_small if size < BORROW_SIZE else self._borrow
-        if quick is not None and (data := quick(address, size)) is not None:
-            counters.reads += 1
-            counters.bytes_read += size
-            return data
-        buffer = scratch[:size]
-        try:
-            if not self._readinto_nowait(address, buffer):
-                return None
-        except FaultError as error:
-            if self._memory.may_block:
-                return None
-            return self._filled(offset, buffer, error, self._readinto_nowait)
-        counters.reads += 1
-        counters.bytes_read += size
-        return buffer
+    def _despite(self, offset: int, buffer: memoryview, error: FaultError) -> memoryview | None:
+        if self._memory.may_block:
+            return None
+        return self._filled(offset, buffer, error, self._readinto_nowait)
 
     def read(self, offset: int, size: int, scratch: memoryview) -> bytes | memoryview:
         """See `OpenFile.read`."""
