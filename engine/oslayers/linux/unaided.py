@@ -49,6 +49,9 @@ ROOT_LIMIT = 256
 """Tables that lead to the right place: that many processes at the most are ranked."""
 LIKELY_LIMIT = 512
 """Pages like a top table that are tried where no address is known."""
+BARE_LEADS = 2
+"""Of so many banners with neither names nor symbols near them a kernel is looked for: for each in every mode of every
+architecture, which takes seconds, and whoever likes may plant them."""
 LARGE_IMAGE = 48 << 20
 """More than a kernel's image has."""
 LEAST_IMAGE, LEAST_STEP = 1 << 20, 1 << 16
@@ -71,11 +74,16 @@ class Signs:
 
 def unaided(memory: Memory, claimed: Iterable[Lead], *, keep: bool, dtb: int | None = None) -> Iterator[Found]:
     """Kernels of these leads, found and proved without VMCOREINFO; through the top table `dtb`, where it is given."""
+    bare = 0
     for lead in claimed:
         machines = {family(claim.machine or "") for claim in lead.names}
         if None in machines and len(machines) == 1:
             continue  # of an architecture whose page tables are not walked
         signs = read_signs(memory, lead)
+        is_bare = signs.symbols is None and not lead.names
+        bare += is_bare
+        if is_bare and bare > BARE_LEADS:
+            continue
         machine = machines.pop() if len(machines) == 1 else None
         try:
             found = _found(memory, signs, machine, dtb, keep=keep)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.bytes_memory import BytesMemory
 from engine.errors import NotRecognisedError
 from engine.oslayer import Base, KernelLog, Symbols
-from engine.oslayers.linux import LinuxLayer
+from engine.oslayers.linux import LinuxLayer, unaided
 from engine.oslayers.linux.claims import HIT_LIMIT, LEAD_LIMIT, claims, leads
 
 RELEASE = "6.1.0-50-odd"
@@ -68,6 +68,16 @@ def test_a_memory_full_of_claims_is_searched_in_bounds():
     assert len(claims(full)) == HIT_LIMIT
     many = BytesMemory(b"".join(banner(f"9.{number}").ljust(128, b"\0") for number in range(500)))
     assert len(leads(many)) == LEAD_LIMIT
+
+
+def test_of_banners_that_stand_alone_few_are_followed(monkeypatch):
+    """Each costs a search for page tables in all modes; one with names, or with symbols, is always followed."""
+    followed = []
+    monkeypatch.setattr(unaided, "_found", lambda memory, signs, *_, **__: followed.append(signs.lead.release))
+    planted = [(number << 12, banner(f"9.{number}")) for number in range(1, 9)]
+    image = memory(*planted, (0xF0000, names("x86_64", "8.8")))
+    assert list(unaided.unaided(image, leads(image), keep=True)) == []
+    assert followed == ["9.1", "9.2", "8.8"]
 
 
 @settings(deadline=None)
