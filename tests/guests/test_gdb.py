@@ -35,7 +35,7 @@ def test_the_processes_of_a_running_guest_are_its_own(live: Live) -> None:
     stub, truth = live
     connector = GdbConnector.open(stub, {}, parent=None, writable=False)
     try:
-        layer = LinuxLayer.open(Base(connector.memory, connector.hints(), live=True), {})
+        layer = LinuxLayer.open(Base(connector.memory, connector.hints(), live=True, ask_hints=connector.hints), {})
         found = {process.info.pid: process.info.name for process in layer.processes()}
     finally:
         connector.close()

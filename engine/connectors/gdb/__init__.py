@@ -131,9 +131,10 @@ class GdbConnector(Connector):
         """See `Connector.info`."""
         session = self._session
         how = "until this is closed" if session.hold else "whenever something is read; it runs on 20 ms later"
-        notes = [*self._notes, f"the target is stopped {how} ({session.stops} times so far)"]
-        if not session.was_running:
-            notes.append("the target stood still when it was found, and is left so")
+        if session.was_running:
+            notes = [*self._notes, f"the target is stopped {how} ({session.stops} times so far)"]
+        else:
+            notes = [*self._notes, "the target stood still when it was found, and is left so"]
         if not session.stub.physical:
             notes.append(_ADDRESSES[session.stub.kind])
         return ConnectorInfo(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from engine.memory import Addresses, Faults, Memory, Rows
 from engine.oslayers.linux.architectures import SPLITS, TOP, Candidate, image_region
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found
 from engine.records import dataclass
+from engine.translate.maps import physical_maps
 from engine.translate.mmu import Root
 from engine.translate.modes import roots_of
 from engine.translate.virtual import VirtualMemory
@@ -35,7 +35,7 @@ from engine.types import Extent, PhysicalMap, Rights
 PAGE = 4096
 SPACES_MOST = 16
 """Address spaces that are looked into: processors of one machine share their kernel."""
-RUNS_MOST = 1 << 15
+RUNS_MOST = 1 << 18
 """Mapped runs of one address space that are looked at."""
 IMAGES_MOST = 4
 """Of one address space."""
@@ -168,13 +168,32 @@ def _images(space: VirtualMemory) -> list[Image]:
     if region is None:
         return []
     try:
-        maps = list(islice(space.physical_maps(region.start, region.stop), RUNS_MOST))
+        maps = _long_maps(space, region)
     except EngineError:
         return []
     narrow = region.stop <= 1 << 32
     found = [_cut(image, narrow=narrow) for image in _linear(space, maps)]
     good = [image for image in found if image.size >= LEAST_IMAGE]
     return sorted(good, key=lambda image: -image.size)[:IMAGES_MOST]
+
+
+def _long_maps(space: VirtualMemory, region: Extent) -> list[PhysicalMap]:
+    """What is mapped there in runs, of such a distance between both addresses as enough of it has for an image."""
+    count, chunks_of = 0, []
+    for chunk in space.coalesced(region.start, region.stop):
+        chunks_of.append(chunk)
+        count += len(chunk)
+        if count > RUNS_MOST:
+            break
+    if not count:
+        return []
+    distances = np.concatenate([chunk.starts - chunk.physical for chunk in chunks_of])
+    sizes = np.concatenate([chunk.sizes for chunk in chunks_of])
+    _, which = np.unique(distances, return_inverse=True)
+    long = np.bincount(which, sizes)[which] >= LEAST_IMAGE
+    starts = np.cumsum([0, *map(len, chunks_of)])
+    good = (chunk.take(long[at : at + len(chunk)]) for chunk, at in zip(chunks_of, starts.tolist(), strict=False))
+    return list(physical_maps(chunk for chunk in good if len(chunk)))
 
 
 def _region(root: Root) -> Extent | None:
