@@ -7,8 +7,10 @@
 QEMU's stub (`-gdb tcp::1234`) gives physical memory and, by its monitor, the memory map: no option is needed. Of other
 stubs of machines (OpenOCD and its like) the map is what they tell (qXfer:memory-map) or what the options say, and
 addresses are what the processor sees. kgdb gives a kernel's virtual addresses: `direct=` says where that kernel maps
-all physical memory. A stub of one process (gdbserver, qemu-x86_64 -g, valgrind) is read with `physical=no`: its
-addresses are that process's, and there is no operating system to be seen in it.
+all physical memory (page_offset_base of x86-64: 0xffff888000000000 without KASLR). Through its serial line come some
+10 KiB a second: a word is there at once, a list of processes after minutes. A stub of one process (gdbserver,
+qemu-x86_64 -g, valgrind) is read with `physical=no`: its addresses are that process's, and there is no operating
+system to be seen in it.
 
 A stub answers only while its target stands still. With `stop=brief` it is stopped when something is read, and
 runs on 20 ms after the last question; with `stop=hold` it stands still until the connector is closed. How it was found

@@ -145,7 +145,8 @@ class Wire:
             yield
         except TimeoutError:
             raise TargetTimeoutError(
-                f"the stub at {self.name} was silent for {self.limit:g} s: another debugger may be connected to it"
+                f"the stub at {self.name} was silent for {self.limit:g} s: another debugger may be connected to it; "
+                "kgdb listens only once its kernel has stopped (SysRq g)"
             ) from None
         except OSError as error:
             raise TargetGoneError(f"the stub at {self.name} is gone: {error.strerror or error}") from None
