@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -179,7 +180,7 @@ def test_a_machine_that_stands_still_in_its_kernel_is_paused_and_not_searched(co
 def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_come_back(copy, recording, monkeypatch):
     tells = recording.guest.architecture == "amd64" and copy.original.kernel_memory is not None
     applies(tells, "of this processor no registers were recorded that tell where it is")
-    monkeypatch.setattr(running, "STILL", 0.2)
+    monkeypatch.setattr(running, "STILL", 3600.0)
     told = {**recording.registers, "CR3": 0x1000}
     layer = copy.layer(lambda _: None, live=True, ask=lambda: TargetHints(registers=(told,), state="running"))
     memory, base = layer.kernel_memory, layer.info.kernel_base
@@ -191,6 +192,7 @@ def test_a_machine_with_no_processor_in_its_kernel_is_being_restarted_and_may_co
     assert module is not None
     assert module.read(0, 16)
     assert file.read(0, 4) == b"\x7fELF"
+    monkeypatch.setattr(running, "STILL", 0.2)
     wait_until(lambda: layer.info.state == "restarting", 60)
     with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):
         layer.pids()
@@ -223,3 +225,34 @@ def test_a_pc_whose_bios_counts_again_was_reset(copy):
         _asked_for(layer.pids, 10)
     with pytest.raises(NotRecognisedError, match="no processor is in its old kernel"):  # it counts no more
         layer.pids()
+
+
+def test_nobody_waits_while_another_looks_after_a_clock_that_stands(copy, monkeypatch):
+    monkeypatch.setattr(running, "STILL", 0.1)
+    layer = copy.layer(lambda _: None, live=True)
+    applies(layer.system.clock() is not None, "no clock is known of this kernel")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def search(gone: bool) -> None:
+        begun.set()
+        assert not gone
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(layer._watch, "_renew", search)
+    seeker = threading.Thread(target=lambda: _asked_for_until(layer, begun))
+    seeker.start()
+    try:
+        assert begun.wait(30)
+        began = time.monotonic()
+        assert layer.pids() == copy.original.pids()
+        assert seeker.is_alive(), "it still searches"
+        assert time.monotonic() - began < 30
+    finally:
+        go_on.set()
+        seeker.join(60)
+
+
+def _asked_for_until(layer, event: threading.Event) -> None:
+    while not event.is_set():
+        layer._watch.look()
+        time.sleep(0.02)

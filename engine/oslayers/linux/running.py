@@ -263,6 +263,8 @@ class Watch:
         self._renew = renew
         self._lock = threading.Lock()
         self._look_again = 0.0
+        self._calm = False
+        """Whether a search is being made for which nobody has to wait."""
         self._problem = "the machine is being restarted"
 
     @property
@@ -281,21 +283,33 @@ class Watch:
             self.look()
 
     def look(self) -> None:
-        """Recognise anew where another kernel runs. Raises NotRecognisedError where none is there."""
-        with self._lock:
+        """Recognise anew where another kernel runs. Raises NotRecognisedError where none is there.
+
+        Nobody waits for a search that another thread makes where a clock stands, and nothing else speaks against it.
+        """
+        if not self._lock.acquire(blocking=not self._calm):
+            return
+        try:
             self._look_again = 0.0  # and so it stays where this raises
-            running = self._running
-            gone = not running.is_same()
-            doubt = None if gone else running.doubt()
-            if doubt is Doubt.FIRMWARE:  # no kernel runs that could be found
-                self._problem = "the machine is being restarted: its firmware runs"
-                raise NotRecognisedError(self._problem)
-            if gone or doubt is not None:
-                if running.is_search_due(gone=gone or doubt is Doubt.RESET):
-                    self._search(running, gone, doubt)
-                elif gone or doubt is Doubt.RESET:
-                    raise NotRecognisedError(self._problem)
+            self._look(self._running)
             self._look_again = time.monotonic() + LOOK_EACH
+        finally:
+            self._calm = False
+            self._lock.release()
+
+    def _look(self, running: Running) -> None:
+        gone = not running.is_same()
+        doubt = None if gone else running.doubt()
+        if doubt is Doubt.FIRMWARE:  # no kernel runs that could be found
+            self._problem = "the machine is being restarted: its firmware runs"
+            raise NotRecognisedError(self._problem)
+        if not gone and doubt is None:
+            return
+        if running.is_search_due(gone=gone or doubt is Doubt.RESET):
+            self._calm = doubt is Doubt.STANDS
+            self._search(running, gone, doubt)
+        elif gone or doubt is Doubt.RESET:
+            raise NotRecognisedError(self._problem)
 
     def _search(self, running: Running, gone: bool, doubt: Doubt | None) -> None:
         began = time.monotonic()
