@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import TypeVar
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.monitor import MonitorError, connect
 from engine.errors import EngineError, TargetBusyError, UnsupportedError
+from engine.oslayer import HostOwned
 
 VIRSH_LIMIT = 5.0
 """Seconds for one question to libvirt."""
@@ -46,7 +48,7 @@ def ask(guest: Guest, act: Callable[[Human, str], T]) -> T:
                 reasons.append(str(error))
         if guest.line.uuid and any(address.kind == "elsewhere" for address in guest.line.monitors):
             try:
-                return act(_virsh(guest.line.uuid), "libvirt")
+                return act(_virsh(guest.line.uuid, daemon_of(guest)), "libvirt")
             except EngineError as error:
                 reasons.append(str(error))
     raise UnsupportedError("; ".join(reasons) or f"{guest} has no monitor that can be asked")
@@ -61,14 +63,21 @@ def is_stopped(guest: Guest) -> bool:
     return told.rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
 
 
-def _virsh(uuid: str) -> Human:
+def daemon_of(guest: Guest) -> str:
+    """The libvirt that manages a guest: the system's, or that of the user whose process it is."""
+    owner = guest.process.capability(HostOwned)
+    mine = os.geteuid() != 0 and owner is not None and owner.owner()[0] == os.geteuid()
+    return "qemu:///session" if mine else "qemu:///system"
+
+
+def _virsh(uuid: str, daemon: str) -> Human:
     """The monitor for people by way of libvirt. Raises MonitorError."""
     command = shutil.which("virsh")
     if command is None:
         raise MonitorError("its monitor is its manager's, and there is no virsh to ask it by")
 
     def human(line: str) -> str:
-        words = [command, "--connect", "qemu:///system", "qemu-monitor-command", "--domain", uuid, "--hmp", line]
+        words = [command, "--connect", daemon, "qemu-monitor-command", "--domain", uuid, "--hmp", line]
         try:
             done = subprocess.run(
                 words, stdin=subprocess.DEVNULL, capture_output=True, timeout=VIRSH_LIMIT, check=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import cast
 import pytest
 
 from engine.bytes_memory import BytesMemory
+from engine.connectors.qemu.asking import daemon_of
 from engine.connectors.qemu.command_line import CommandLine, family_of, parse
 from engine.connectors.qemu.emulators import VERSION, called, disguised
 from engine.connectors.qemu.finding import Guest
@@ -21,7 +23,7 @@ from engine.errors import UnusableTargetError
 from engine.formats.qemu_monitor import memory_devices, ram_views
 from engine.memory import Memory
 from engine.memory_map import MapRange
-from engine.oslayer import Process
+from engine.oslayer import HostOwned, Process
 from engine.types import Region, Rights
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -308,6 +310,27 @@ def test_mappings_that_are_equally_likely_are_named(second):
     with pytest.raises(UnusableTargetError) as error:
         concluded({LOW: second, HIGH: second}, "-m", "16")
     assert f"{LOW:#x} (16 MiB); {HIGH:#x} (16 MiB); say which: base=ADDRESS" in str(error.value)
+
+
+class Owned(HostOwned):
+    """A process of a user of this host."""
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+
+    def owner(self) -> tuple[int, int]:
+        return self.uid, self.uid
+
+    def capability(self, kind: type) -> object:
+        return self if kind is HostOwned else None
+
+
+@pytest.mark.parametrize(
+    ("uid", "ours", "daemon"), [(1000, 1000, "session"), (0, 0, "system"), (1000, 0, "system"), (64055, 1000, "system")]
+)
+def test_a_users_own_guest_is_asked_of_the_users_own_libvirt(monkeypatch, uid, ours, daemon):
+    monkeypatch.setattr(os, "geteuid", lambda: ours)
+    assert daemon_of(Guest(cast("Process", Owned(uid)), 1, line(), "x86_64")) == f"qemu:///{daemon}"
 
 
 # -- the monitor's output -----------------------------------------------------------------------------------
