@@ -64,9 +64,11 @@ class VirtualMemory(Memory):
         absent: AbsentHook | None = None,
         *,
         keep: bool = False,
+        tables: Memory | None = None,
     ) -> None:
         """`absent` is asked for non-zero absent entries; `keep` says that the memory never changes.
 
+        Page tables are read in `tables` where they are to be read elsewhere than in physical memory.
         Raises InvalidArgumentError without a root, or where two roots translate the same addresses.
         """
         if not roots:
@@ -79,7 +81,7 @@ class VirtualMemory(Memory):
         self._few: Tower | None = None
         """Of a view that keeps what it reads: gathers few rows."""
         self._tower_pause = TOWER_PAUSE if keep else 0
-        self._tables = physical.for_tables()
+        self._tables = physical.for_tables() if tables is None else tables
         constants = physical.for_constants()
         self._constants = None if constants is physical else constants
         walkers = [Walker(self._tables, spec, dtb, absent, keep=keep) for spec, dtb in roots]

@@ -21,9 +21,8 @@ from engine.formats.vmcoreinfo import Vmcoreinfo, find_vmcoreinfo
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.oslayers.linux.claims import Lead
-from engine.oslayers.linux.finding import Found, candidates, image_extent, proves
+from engine.oslayers.linux.finding import Found, candidates, image_extent, kernel_memory, proves
 from engine.oslayers.linux.resources import NAME_LIMIT, SYSTEM_RAM
-from engine.translate.virtual import VirtualMemory
 from engine.types import Extent
 
 PAGE = 4096
@@ -73,7 +72,7 @@ def _found(
             physical = MappedMemory(memory, MemoryMap([MapRange(base, memory.size, 0)]))
             candidate = guess if dtb is None else guess.at(guess.spec.dtb(dtb))
             if proves(physical, candidate, text, given=dtb is not None):
-                space = VirtualMemory(physical, [(candidate.spec, candidate.dtb)], keep=keep)
+                space = kernel_memory(physical, candidate, text, keep=keep)
                 yield Found(candidate, text, physical, space, image_extent(space, text))
 
 

@@ -26,6 +26,8 @@ from engine.oslayers.linux.architectures import (
     riscv64,
     x86_64,
 )
+from engine.oslayers.linux.kernel_memory import KernelMemory, MendedMemory
+from engine.oslayers.linux.linear_maps import Claims
 from engine.oslayers.linux.ram import layouts
 from engine.records import dataclass
 from engine.translate.mmu import Root, Walker
@@ -35,6 +37,8 @@ from engine.types import Extent
 IMAGE_LIMIT = 192 << 20
 IMAGE_HOLE = 8 << 20
 """A kernel's image is one linear run; between its parts there may be holes so wide (freed init sections)."""
+LOST_LIMIT = 64 << 20
+"""More than a kernel's image has: so much of it is looked for behind tables that are damaged."""
 UTS_SEARCH = 512
 """`Linux` stands within so many bytes of init_uts_ns."""
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ class Found:
     vmcoreinfo: Vmcoreinfo
     physical: Memory
     """Physical memory in the layout that proved right."""
-    memory: VirtualMemory
+    memory: KernelMemory
+    """For reading its objects; `by_tables` of it is what page tables say."""
     image: Extent
     """Virtual addresses of the kernel's image."""
     unaided: bool = False
@@ -80,7 +85,7 @@ def _proved(memory: Memory, text: Vmcoreinfo, keep: bool, dtb: int | None) -> It
         for guess in candidates(text, first):
             candidate = guess if dtb is None else guess.at(guess.spec.dtb(dtb))
             if proves(physical, candidate, text, given=dtb is not None):
-                space = VirtualMemory(physical, [(candidate.spec, candidate.dtb)], keep=keep)
+                space = kernel_memory(physical, candidate, text, keep=keep)
                 with suppress(NotRecognisedError):  # cut off before the kernel: another text may lead to another one
                     yield Found(candidate, text, physical, space, image_extent(space, text))
 
@@ -154,25 +159,63 @@ def proves(physical: Memory, candidate: Candidate, text: Vmcoreinfo, *, given: b
         return False
 
 
-def image_extent(memory: VirtualMemory, text: Vmcoreinfo) -> Extent:
+def kernel_memory(
+    physical: Memory, candidate: Candidate, text: Vmcoreinfo, *, keep: bool, distance: int | None = None
+) -> KernelMemory:
+    """The memory of a kernel; `distance` of its image's virtual from physical addresses is what its tables say."""
+    root: Root = (candidate.spec, candidate.dtb)
+    top = text.symbol("swapper_pg_dir") or 0
+    if distance is None:
+        distance = (top - Walker(physical, candidate.spec, candidate.dtb).find(top)[0]) % TOP
+    kind = MendedMemory if keep else KernelMemory
+    return kind(physical, [root], Claims(candidate, text, distance), keep=keep)
+
+
+def image_extent(memory: KernelMemory, text: Vmcoreinfo) -> Extent:
     """The kernel's image: from `_stext` on what is mapped linearly, over holes of at most 8 MiB.
 
-    What lies behind the end of an image that was cut off is not counted: to read it takes long, and gives nothing.
-    Raises NotRecognisedError where nothing is mapped there.
+    What damaged tables mapped counts as mapped so, too. What lies behind the end of an image that was cut off is not
+    counted: to read it takes long, and gives nothing. Raises NotRecognisedError where nothing is mapped there.
     """
     start = text.symbol("_stext") or text.symbol("_text") or text.symbol("swapper_pg_dir") or 0
     start &= ~0xFFFF
-    stop, delta = start, None
-    for run in memory.physical_maps(start, start + IMAGE_LIMIT):
-        if delta is None:
-            delta = run.physical - run.start
-        if run.physical - run.start != delta or run.start - stop > IMAGE_HOLE:
-            if run.start - stop > IMAGE_HOLE:
-                break
-            continue
-        stop = min(run.stop, run.start + max(0, memory.physical.size - run.physical))
-        if stop < run.stop:
-            break
-    if stop == start:
+    distance = memory.claims.image_distance
+    limit = min(start + IMAGE_LIMIT, distance + memory.physical.size)
+    stop, gaps = _mapped_stop(memory.by_tables, start, limit, distance)
+    from engine.oslayers.linux.table_repair import lost_table
+
+    damaged = any(_is_lost(memory, gap, text) for gap in gaps)
+    limit = min(limit, start + LOST_LIMIT)
+    while stop < limit and (lost := lost_table(memory.by_tables, stop)) is not None:
+        damaged = True
+        stop, _ = _mapped_stop(memory.by_tables, min(lost.span.stop, limit), limit, distance)
+    if stop <= start:
         raise NotRecognisedError(f"the kernel's image is not mapped at {start:#x}")
-    return Extent(start, stop - start)
+    memory.claims.image = Extent(start, stop - start)
+    if damaged:
+        memory.mend()
+    return memory.claims.image
+
+
+def _is_lost(memory: KernelMemory, gap: Extent, text: Vmcoreinfo) -> bool:
+    """Whether a gap in an image is one that a damaged table leaves, and none that the kernel has made."""
+    from engine.oslayers.linux.table_repair import lost_table
+
+    lost = lost_table(memory.by_tables, gap.start)
+    if lost is None or not lost.empty:
+        return lost is not None
+    return lost.span.stop == gap.stop or any(address in lost.span for address in text.symbols.values())
+
+
+def _mapped_stop(memory: VirtualMemory, start: int, limit: int, distance: int) -> tuple[int, list[Extent]]:
+    """Up to where an image is mapped at its distance from `start` on, and the gaps in between."""
+    stop = start
+    gaps: list[Extent] = []
+    for run in memory.physical_maps(start, limit):
+        if run.start - stop > IMAGE_HOLE:
+            break
+        if (run.start - run.physical) % TOP == distance % TOP:
+            if run.start > stop:
+                gaps.append(Extent(stop, run.start - stop))
+            stop = min(run.stop, limit)
+    return stop, gaps

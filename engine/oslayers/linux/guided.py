@@ -93,9 +93,7 @@ def guided_kernels(
         part = PartOfMemory(memory, [front, *(Extent(run.physical, run.size) for run in image.runs)])
         for found in unaided(part, leads(part), keep=keep):
             if found.physical is part and _is_own(found):
-                yield replace(
-                    found, physical=memory, memory=VirtualMemory(memory, found.memory.roots, keep=found.memory.keep)
-                )
+                yield replace(found, physical=memory, memory=found.memory.over(memory))
 
 
 def _is_own(found: Found) -> bool:

@@ -20,11 +20,14 @@ class KernelSpace(Watched):
         return view
 
 
-def kernel_space(kernel: Kernel) -> Memory:
-    """The memory of the kernel: where it may be restarted one that is given up then."""
+def kernel_space(kernel: Kernel, *, mended: bool = False) -> Memory:
+    """The memory of the kernel: where it may be restarted one that is given up then.
+
+    By its page tables alone, holes and all; to read its own objects it may be one in which damaged tables are `mended`.
+    """
     memory = kernel.found.memory
     if not kernel.base.live:
-        return memory
+        return memory if mended else memory.by_tables
     space = KernelSpace(memory.physical, memory.roots, memory.absent, keep=memory.keep)
     space.check, space.is_look_due = kernel.check, kernel.is_check_due
     return space

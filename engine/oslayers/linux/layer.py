@@ -55,7 +55,6 @@ from engine.oslayers.linux.running import Running, Watch, identity_of, is_up, la
 from engine.oslayers.linux.searching import Recognised, Remembered, find_kernel, runs
 from engine.oslayers.linux.system import System
 from engine.oslayers.linux.tasks import TaskRecord, Tasks
-from engine.translate.virtual import VirtualMemory
 from engine.types import Extent, OsInfo
 
 if TYPE_CHECKING:
@@ -238,15 +237,24 @@ class LinuxLayer(OsLayer):
             live=self._base.live,
             writable=self._base.writable,
             state=None if self._watch is None else self._watch.state,
-            skipped=dict(self.kernel.skipped),
+            skipped=self._skipped(),
             retried=dict(self.kernel.retried),
             listed=dict(self.kernel.listed),
-            notes=(*self._layout(found), *self._restarts(), *self.kernel.profile.notes),
+            notes=(*self._layout(found), *self._damage(found), *self._restarts(), *self.kernel.profile.notes),
         )
 
     def _nothing(self, state: str, note: str) -> OsInfo:
         """What is to be said where there is no kernel."""
         return OsInfo(self.kind, live=True, writable=self._base.writable, state=state, notes=(note,))
+
+    def _skipped(self) -> dict[str, int]:
+        damaged = self.kernel.found.memory.damaged_tables
+        return dict(self.kernel.skipped) | ({"damaged page table": damaged} if damaged else {})
+
+    def _damage(self, found: Found) -> Iterator[str]:
+        if damaged := found.memory.damaged_tables:
+            are = "page tables of the kernel are" if damaged > 1 else "page table of the kernel is"
+            yield f"{damaged} {are} damaged: its own objects behind them are read by its linear maps"
 
     def _layout(self, found: Found) -> Iterator[str]:
         if self._base.memory is not None and (note := layout_note(self._base.memory, found.physical)) is not None:
@@ -316,7 +324,9 @@ class LinuxLayer(OsLayer):
             from engine.oslayers.linux.log import PrintkLog
 
             try:
-                found = PrintkLog(kernel_space(self.kernel), self.kernel.found.vmcoreinfo, self.kernel.profile.word)
+                found = PrintkLog(
+                    kernel_space(self.kernel, mended=True), self.kernel.found.vmcoreinfo, self.kernel.profile.word
+                )
             except NotFoundError:
                 return None
         elif issubclass(Symbols, kind) and self.kernel.profile.kallsyms is not None:
@@ -458,11 +468,11 @@ def _understood(
     if base.live and dtb is None and slide is None and not runs(found, registers):
         proved = described(memory, texts, keep=False)
         found = latest(found, proved, lambda one: Kernel(one, read_profile(one, cache=cache), base))
-    profile = begin_profile(found, cache=cache, given=given)
+    profile = _told(begin_profile(found, cache=cache, given=given))
     truly, doubt = with_true_layout(memory, profile)
     if truly is not found:  # some of what was read, or of the tables that lead there, may lie elsewhere
-        profile = begin_profile(truly, cache=cache, given=given)
-    profile = finish_profile(profile, cache=cache)
+        profile = _told(begin_profile(truly, cache=cache, given=given))
+    profile = _told(finish_profile(profile, cache=cache))
     profile.notes += [doubt] if doubt else []
     profile.found = with_description(profile)
     if profile.types is None:
@@ -470,6 +480,12 @@ def _understood(
 
         profile.types = shapes_of(profile)
     return Kernel(profile.found, profile, base)
+
+
+def _told(profile: Profile) -> Profile:
+    """The same, its kernel's memory told what it says of linear maps."""
+    profile.found.memory.learn(profile.symbol, profile.types)
+    return profile
 
 
 def _texts(base: Base, memory: Memory, registers: Sequence[Mapping[str, int]]) -> Iterator[Vmcoreinfo]:
@@ -506,13 +522,13 @@ def with_true_layout(image: Memory, profile: Profile) -> tuple[Found, str | None
     if root is None:
         return found, "the layout of RAM is a guess: iomem_resource is not known"
     for physical in (found.physical, *(other for other, _ in layouts(image))):
-        ram = system_ram(VirtualMemory(physical, found.memory.roots), root, profile.word)
+        ram = system_ram(found.memory.over(physical), root, profile.word)
         if not ram:
             continue
         try:
             ranges = by_resources(image, ram)
             right = physical if ranges is None else MappedMemory(image, ranges)
-            if ranges is None or system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
+            if ranges is None or system_ram(found.memory.over(right), root, profile.word) == ram:
                 return _moved(found, right), _cut(ram, right)
         except (FaultError, EngineError):
             continue
@@ -522,7 +538,7 @@ def with_true_layout(image: Memory, profile: Profile) -> tuple[Found, str | None
         ranges = by_resources(image, ram)
         if ranges is not None:
             right = MappedMemory(image, ranges)
-            if system_ram(VirtualMemory(right, found.memory.roots), root, profile.word) == ram:
+            if system_ram(found.memory.over(right), root, profile.word) == ram:
                 return _moved(found, right), None
     return found, "the layout of RAM is a guess: iomem_resource cannot be read, as where an image was cut short"
 
@@ -538,5 +554,4 @@ def _cut(ram: Sequence[Extent], physical: Memory) -> str | None:
 def _moved(found: Found, physical: Memory) -> Found:
     if physical is found.physical:
         return found
-    memory = VirtualMemory(physical, found.memory.roots, keep=found.memory.keep)
-    return replace(found, physical=physical, memory=memory)
+    return replace(found, physical=physical, memory=found.memory.over(physical))

@@ -2,7 +2,8 @@
 
 A rootkit that takes a process out of one of them leaves it in the other: what only one has is listed and told so.
 Over live memory the two are read one after the other, so that a process that began or ended meanwhile is in one
-alone, too: where they differ, each of these is looked at again, by itself, and what is found then holds.
+alone, too: where they differ, each of these is looked at again, by itself, and what is found then holds. In an image
+whose ring is broken those are added to which the known ones lead (`kin`).
 
 Sources: Linux kernel/pid.c, include/linux/{pid,pid_namespace,idr}.h; releases 5.10 to 7.x.
 """
@@ -14,13 +15,14 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from engine.errors import FaultError, NotFoundError
+from engine.oslayers.linux.kin import by_kin
 from engine.oslayers.linux.objects import Objects
 from engine.oslayers.linux.tasks import DEAD, TASK_LIMIT, TaskRecord, Tasks
 from engine.oslayers.linux.walks import xarray, xarray_entry
 from engine.records import dataclass
 
-RING, NUMBERS = "task ring", "pid numbers"
-"""Where a process may be found: in the list of tasks, in the table of PIDs."""
+RING, NUMBERS, KIN = "task ring", "pid numbers", "lists of kin"
+"""Where a process may be found: in the list of tasks, in the table of PIDs; where these are damaged, by its kin."""
 BOTH = (RING, NUMBERS)
 LOOKS = 3
 """How often over live memory it is looked at what only one of them has, before that is believed."""
@@ -95,13 +97,15 @@ def list_processes(
 ) -> dict[int, Listed]:
     """All processes by PID, but the idle task, which has no number that a user sees."""
     reader = objects()
-    ring, _ = tasks.ring(reader)
+    ring, whole = tasks.ring(reader)
     leaders = None if numbers is None else numbers.leaders(reader)
     sources: dict[int, tuple[str, ...]] = {
         address: (RING,) if leaders is None or address not in leaders else BOTH for address in ring
     }
     for address in leaders or ():
         sources.setdefault(address, (NUMBERS,))
+    if not (whole or live):
+        sources |= dict.fromkeys(by_kin(tasks, reader, sources), (KIN,))
     records = tasks.records(reader.silent(), list(sources))
     told = {record.address: record for record in records}
     if live:
@@ -179,7 +183,7 @@ def _is_process(record: TaskRecord, sources: tuple[str, ...], numbers: Mapping[i
     """Whether a record is one: what the table of PIDs alone has must say of itself the number it has there."""
     if not record.pid:
         return False
-    if RING in sources:
+    if RING in sources or KIN in sources:
         return True
     return numbers is not None and record.pid == record.tgid == numbers.get(record.address, record.pid)
 

@@ -117,6 +117,11 @@ def _kernels(
 
     yield concatenated(memory, claimed, keep=keep, dtb=dtb)
 
+    if dtb is None:
+        from engine.oslayers.linux.lost_tables import with_lost_tables
+
+        yield with_lost_tables(memory, texts, keep=keep)
+
     from engine.oslayers.linux.unaided import unaided
 
     yield unaided(memory, claimed, keep=keep, dtb=dtb)

@@ -29,12 +29,11 @@ from engine.formats.vmcoreinfo import Vmcoreinfo
 from engine.memory import Addresses, Memory
 from engine.oslayers.linux.architectures import Candidate, family, image_region, paging_modes
 from engine.oslayers.linux.claims import Lead
-from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found, image_extent
+from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found, image_extent, kernel_memory
 from engine.oslayers.linux.ram import layouts, place_in
 from engine.oslayers.linux.roots import addresses_of, aligned, entry_counts, mapping_roots, pages_of, table_like
 from engine.records import dataclass
 from engine.translate.mmu import Walker
-from engine.translate.virtual import VirtualMemory
 from engine.types import ADDRESS_SPACE
 
 NEAR = (32 << 20, 128 << 20)
@@ -342,7 +341,6 @@ def _rank(proof: _Proof) -> tuple[bool, bool, int]:
 def _described(proof: _Proof, signs: Signs, memory: Memory, *, keep: bool) -> Found:
     """The kernel that was found, with a text as VMCOREINFO would have it."""
     candidate = proof.candidate
-    space = VirtualMemory(proof.physical, [(candidate.spec, candidate.dtb)], keep=keep)
     size = (1 << 64) if candidate.wide else (1 << 32)
     values = {"OSRELEASE": signs.lead.release, "PAGESIZE": str(1 << candidate.spec.page_bits)}
     known: dict[str, int] = {}
@@ -363,6 +361,7 @@ def _described(proof: _Proof, signs: Signs, memory: Memory, *, keep: bool) -> Fo
     known.setdefault("_text", first)
     values |= {f"SYMBOL({name})": f"{address:x}" for name, address in known.items()}
     text = Vmcoreinfo.parse("".join(f"{key}={value}\n" for key, value in values.items()).encode())
+    space = kernel_memory(proof.physical, candidate, text, keep=keep, distance=proof.shift)
     return replace(Found(candidate, text, proof.physical, space, image_extent(space, text)), unaided=True)
 
 
