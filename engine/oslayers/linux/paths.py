@@ -9,6 +9,8 @@ from engine.errors import FaultError
 from engine.oslayers.linux.objects import Objects, decoded
 
 DEPTH_LIMIT = 4096
+FOLDERS_KEPT = 8192
+"""Paths of folders that one reader remembers: it may be there for as long as a mount."""
 NAME_LIMIT = 256
 """NAME_MAX and its NUL."""
 FILE_TYPE = 0xF000
@@ -118,6 +120,8 @@ class Paths:
             if not objects.is_pointer(dentry):
                 raise FaultError(dentry)
         path = known + "".join("/" + name for name in reversed(names))
+        if len(self._folders) >= FOLDERS_KEPT:
+            self._folders.clear()
         self._folders[start] = path
         return path
 

@@ -182,7 +182,7 @@ class LinuxProcess(Process, PhysicalMaps, OpenFiles, CachedFiles, ThreadRegister
         try:
             objects = self.kernel.objects()
             file = objects.pointer(record.mm + objects.struct("mm_struct")["exe_file"].offset)
-            path = Paths(objects).of_file(file) if file else None
+            path = objects.once(Paths, lambda: Paths(objects)).of_file(file) if file else None
         except (FaultError, NotFoundError):
             return None, None
         if path is None:

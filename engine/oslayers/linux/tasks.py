@@ -232,7 +232,10 @@ class Tasks:
         try:
             proxy = objects.pointer(address + self.task["nsproxy"].offset)
             if proxy:
-                self._read_proxy(objects, proxy, found)
+                named, whole = objects.once(("nsproxy", proxy), lambda: self._of_proxy(objects, proxy))
+                found |= named
+                if not whole:
+                    return found or None
             cred = objects.pointer(address + self.task["real_cred"].offset)
             user = objects.pointer(cred + self.cred["user_ns"].offset)
             found["user"] = self._namespace(objects, user, "user_namespace")
@@ -243,13 +246,18 @@ class Tasks:
             return found or None
         return found
 
-    def _read_proxy(self, objects: Objects, proxy: int, found: dict[str, int]) -> None:
-        """The namespaces that all have in common who have this one, up to the first that cannot be read."""
-        layout = objects.struct("nsproxy")
-        for name in NAMESPACES:
-            member = layout.get(f"{name}_ns")
-            if member is not None:
-                found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")
+    def _of_proxy(self, objects: Objects, proxy: int) -> tuple[dict[str, int], bool]:
+        """The namespaces of all who have this one, up to the first that cannot be read; whether these are all."""
+        found: dict[str, int] = {}
+        try:
+            layout = objects.struct("nsproxy")
+            for name in NAMESPACES:
+                member = layout.get(f"{name}_ns")
+                if member is not None:
+                    found[name] = self._namespace(objects, objects.pointer(proxy + member.offset), f"{name}_namespace")
+        except (FaultError, NotFoundError):
+            return found, False
+        return found, True
 
     def _namespace(self, objects: Objects, address: int, name: str) -> int:
         return objects.once((name, address), lambda: self._number_of(objects, address, name))
