@@ -1,7 +1,8 @@
-"""Keeping the kernel from knowing ever more nodes: it is asked to forget those that nobody uses."""
+"""Keeping the daemon from growing: the kernel is asked to forget nodes that nobody uses, and circles are looked for."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,12 @@ from cloudfs.inodes import InodeTable
 
 ROUND = 30.0
 """Seconds after which, where many nodes are known, directories that nobody used in them are forgotten."""
+
+COLLECTED = 20_000
+"""Nodes up to which circles of all ages are looked for in each round, which takes some milliseconds then.
+
+Python itself does so after millions of new objects: of what has a whole address space with it few are too many.
+"""
 
 Invalidate = Callable[[int, bytes], None]
 """Has the kernel forget a name: (inode of its directory, name)."""
@@ -32,6 +39,8 @@ class Pruning:
             self._next_round = now + ROUND
             if self._inodes.round_is_due:
                 self.forget_stale()
+            if len(self._inodes) <= COLLECTED:
+                gc.collect()
 
     def forget_stale(self, *, each: bool = False) -> None:
         """Ask for directories that nobody used since this was called last; with `each`, for all."""

@@ -17,7 +17,9 @@ from cloudfs.nodes.root import build_root
 from engine.errors import FaultError, NotFoundError, ProcessExitedError
 from engine.oslayer import ProcFiles
 from engine.oslayers.linux import listing
+from engine.oslayers.linux.cgroups import cgroups_of
 from engine.oslayers.linux.listing import list_processes
+from engine.oslayers.linux.swap_cache import swap_cache_of
 from engine.targets import open_target
 
 
@@ -238,13 +240,16 @@ def test_what_was_read_of_a_process_does_not_wait_for_the_garbage_collector(laye
         files = keeper.capability(ProcFiles)
         assert all(files.read(name) for name in ("stat", "status", "cmdline", "limits"))
         assert keeper.info.pid == copy.keeper
+        objects = layer.kernel.objects()
+        cgroups_of(objects, layer.tasks, keeper.identity[2], keeper.record.flags)
+        swap_cache_of(layer.kernel, objects)
         for address in (16, 0xFFFF_8000_0000_0000):
             with contextlib.suppress(FaultError):
                 keeper.memory.read(address, 16)
-        return [weakref.ref(one) for one in (keeper, keeper.memory, files)]
+        return [weakref.ref(one) for one in (keeper, keeper.memory, files, objects.memory)]
 
     gc.disable()
     try:
-        assert [one() for one in read()] == [None, None, None]
+        assert [one() for one in read()] == [None] * 4
     finally:
         gc.enable()

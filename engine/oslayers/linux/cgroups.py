@@ -136,7 +136,7 @@ def paths_of(memberships: tuple[Membership, ...]) -> list[str]:
 def cgroups_of(objects: Objects, tasks: Tasks, task: int, flags: int | None) -> tuple[Membership, ...] | None:
     """The cgroups of one task; None where they cannot be read."""
     try:
-        return objects.once(Cgroups, lambda: Cgroups(objects, tasks, tasks.profile)).of(task, flags)
+        return objects.once(Cgroups, lambda: Cgroups(objects.apart(), tasks, tasks.profile)).of(task, flags)
     except (FaultError, NotFoundError):
         return None
 

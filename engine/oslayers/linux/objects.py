@@ -42,7 +42,10 @@ class Objects:
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
-        """What `find` gives, which is asked once for each key: for few things that many others have in common."""
+        """What `find` gives, which is asked once for each key: for few things that many others have in common.
+
+        What reads on is to hold `apart`, and not this: else the two would wait for the garbage collector.
+        """
         try:
             found: T = self._known[key]
         except KeyError:
@@ -52,6 +55,10 @@ class Objects:
     def fresh(self) -> Objects:
         """The same with a view of memory of its own, for one operation."""
         return Objects(self.memory.cached(), self.types, self.kernel_start, self.skipped, self.retried)
+
+    def apart(self) -> Objects:
+        """The same without what `once` keeps, over the same view of memory."""
+        return Objects(self.memory, self.types, self.kernel_start, self.skipped, self.retried)
 
     def silent(self) -> Objects:
         """The same, counting what it leaves out nowhere: for guesses."""

@@ -83,7 +83,7 @@ def swap_cache_of(kernel: Kernel, objects: Objects) -> SwapCache | None:
 
     def find() -> SwapCache | None:
         try:
-            return SwapCache(kernel, objects)
+            return SwapCache(kernel, objects.apart())
         except NotFoundError:
             return None
 
