@@ -58,6 +58,12 @@ class BareMachine:
             time.sleep(0.02)
 
 
+def _listens(place: Path) -> bool:
+    """Whether somebody listens at the socket: it is there somewhat sooner (unix(7): __SO_ACCEPTCON)."""
+    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(row[-1] == str(place) and int(row[3], 16) & 0x10000 for row in rows)
+
+
 def _until(connection: socket.socket, end: bytes) -> bytes:
     text = b""
     while not text.endswith(end):
@@ -89,7 +95,7 @@ def bare_machine(*words: str, known: bytes | None = None) -> Iterator[BareMachin
         try:
             machine = BareMachine(folder, process, known)
             deadline = time.monotonic() + LIMIT
-            while not ((folder / "monitor").exists() and (folder / "gdb").exists()):
+            while not (_listens(folder / "monitor") and _listens(folder / "gdb")):
                 assert process.poll() is None, "QEMU ended at once"
                 assert time.monotonic() < deadline, "QEMU does not start"
                 time.sleep(0.02)

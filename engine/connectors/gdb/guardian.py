@@ -81,5 +81,8 @@ class Guardian:
         os.close(self._pipe)
         self._pipe = -1
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 self._process.wait(EXIT_LIMIT)
+            except subprocess.TimeoutExpired:  # on a busy machine
+                self._process.kill()
+                self._process.wait()

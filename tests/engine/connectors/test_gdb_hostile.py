@@ -16,7 +16,7 @@ import pytest
 from bare_qemu import PLACE, BareMachine, bare_machine
 from scripted_stub import MEMORY, Script, Scripted, plain, scripted
 
-from engine.connectors.gdb import GdbConnector
+from engine.connectors.gdb import GdbConnector, guardian
 from engine.connectors.gdb.wire import framed
 from engine.errors import EngineError, InvalidArgumentError, TargetGoneError, TargetTimeoutError, UnusableTargetError
 
@@ -324,7 +324,7 @@ def test_of_a_process_is_read_what_it_has_mapped_and_may_read(script) -> None:
 
 CLIENT = f"""
 import sys
-from engine.connectors.gdb import GdbConnector
+from engine.connectors.gdb import GdbConnector, guardian
 connector = GdbConnector.open(sys.argv[1], {{"stop": sys.argv[2]}}, parent=None, writable=False)
 connector.memory.read({PLACE:#x}, 16)
 print("read", flush=True)
@@ -371,3 +371,20 @@ def test_an_error_while_it_opens_leaves_the_machine_running(machine: BareMachine
     with pytest.raises(EngineError):
         GdbConnector.open(machine.stub, {"physical": "no"}, parent=None, writable=False)
     machine.wait_until("running")
+
+
+def test_no_guardian_is_left_behind(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*words: object, **options: object) -> subprocess.Popen[bytes]:
+        made.append(real(*words, **options))
+        return made[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    for limit in (1.0, 0.0):
+        monkeypatch.setattr(guardian, "EXIT_LIMIT", limit)
+        with opened(script(plain).path, size=SIZE) as connector:
+            connector.memory.read(0, 100)
+    assert len(made) == 2
+    assert all(process.returncode is not None for process in made)
