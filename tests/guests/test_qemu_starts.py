@@ -219,7 +219,8 @@ def test_a_guest_of_somebody_else_is_listed_and_refused_in_a_sentence(start):
     living = start("memfd", more=["-S"])
     listed, refused = as_nobody(OPEN_IT, living.name, imports="shutil, engine.connectors.qemu").splitlines()
     assert listed == f"['{living.name}']"
-    assert refused.startswith("AccessDeniedError")
+    named = f"AccessDeniedError this user may not look into the guest {living.name} (pid {living.pid}): "
+    assert refused.startswith(named)
     assert "run as root" in refused
 
 

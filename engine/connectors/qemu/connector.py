@@ -23,9 +23,10 @@ from engine.connectors.qemu.finding import Guest, find, guests, stranger
 from engine.connectors.qemu.layout_sources import Placed, by_machine, by_monitor, by_options
 from engine.connectors.qemu.mapped import Mapped
 from engine.connectors.qemu.presence import Presence
-from engine.connectors.qemu.ram import runs
+from engine.connectors.qemu.ram import Run, runs
 from engine.connectors.qemu.sources import RamMemory
 from engine.errors import (
+    AccessDeniedError,
     EngineError,
     InvalidArgumentError,
     NotFoundError,
@@ -103,7 +104,7 @@ class QemuConnector(Connector):
         live = parent.info.live
         presence = Presence(guest.process, f"the QEMU of {guest}", on_host=guest.on_host, live=live)
         with contextlib.ExitStack() as failed:
-            found = runs(guest.process.regions())
+            found = _mappings(guest)
             mapped = Mapped(guest, found, writable=writable)
             failed.callback(mapped.close)
             placed = by_options(guest, base, size, memory_map)
@@ -226,6 +227,14 @@ class QemuConnector(Connector):
         """See `Connector.close`."""
         self._mapped.close()
         self._guest.process.close()
+
+
+def _mappings(guest: Guest) -> list[Run]:
+    """What its QEMU maps that can be RAM. Raises AccessDeniedError that names the guest."""
+    try:
+        return runs(guest.process.regions())
+    except AccessDeniedError as error:
+        raise AccessDeniedError(f"this user may not look into the guest {guest}: {error}") from None
 
 
 def _wants_qmp(options: Options) -> bool:
