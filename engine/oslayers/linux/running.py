@@ -36,6 +36,8 @@ ASK_SHARE, ASK_MOST = 10, 10.0
 """Who runs the machine is asked again after a tenth of the time for which it stands, after so many seconds at most."""
 CLOCK_FAST, CLOCK_SLACK = 8, 10.0
 """A clock may go on so many times faster than ours, and so many seconds more: what is emulated may hurry."""
+GONE_SHARE, GONE_MOST = 2, 3.0
+"""The same of a kernel that is gone: the next one may come at any moment."""
 LOOK_EACH = 0.25
 """Seconds between two looks."""
 BIOS_TICKS = 0x46C
@@ -153,8 +155,9 @@ class Running:
 
     def is_search_due(self, *, gone: bool) -> bool:
         """Whether the last search lies long enough behind: where this kernel is gone, it is soon repeated."""
-        share = 2 if gone else SEARCH_SHARE * (1 << min(max(self._failures - 1, 0), 10))
-        return time.monotonic() >= self._searched + min(share * self._took, PAUSE_MOST)
+        share = GONE_SHARE if gone else SEARCH_SHARE * (1 << min(max(self._failures - 1, 0), 10))
+        most = GONE_MOST if gone else PAUSE_MOST
+        return time.monotonic() >= self._searched + min(share * self._took, most)
 
     def searched(self, took: float, *, gone: bool) -> None:
         """Note that a search found no other kernel."""
