@@ -39,7 +39,7 @@ BULK_PAGES = 12
 """From so many pages on one vectorised walk is faster than as many scalar ones (measured)."""
 TOWER_PAUSE = 256
 """Reads until it is tried again whether C can do them all the way down (`tower`)."""
-TOWER_ROWS = 64
+TOWER_ROWS = 128
 """More rows than that are translated in one pass (measured)."""
 TOWER_BYTES = 1 << 20
 """Larger reads are translated in one pass (measured)."""
