@@ -492,9 +492,12 @@ class FileMemory(Memory):
         )
 
     def floor(self) -> Ground | None:
-        """See `engine.floors`: of a file in memory, where nothing has to be waited for."""
+        """See `engine.floors`: of a file in memory, where nothing has to be waited for.
+
+        None of one that is immutable, whose words are had from its mapping at once.
+        """
         descriptor = self._descriptor
-        if descriptor is None or self.backing is not Backing.MEMORY:
+        if descriptor is None or self.backing is not Backing.MEMORY or self._declared:
             return None
         return Ground(descriptor.number, descriptor, lambda: self._descriptor is descriptor)
 

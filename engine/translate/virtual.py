@@ -39,8 +39,12 @@ BULK_PAGES = 12
 """From so many pages on one vectorised walk is faster than as many scalar ones (measured)."""
 TOWER_PAUSE = 256
 """Reads until it is tried again whether C can do them all the way down (`tower`)."""
+NEVER = 1 << 62
+"""Reads until then, of a view that keeps what it reads: it does not outlive them."""
 TOWER_ROWS = 128
 """More rows than that are translated in one pass (measured)."""
+MAPPED_BYTES = 1 << 18
+"""Larger reads of what is mapped in this program are translated in one pass and copied here (measured)."""
 TOWER_BYTES = 1 << 20
 """Larger reads are translated in one pass (measured)."""
 KEPT_PAGES = 4
@@ -80,7 +84,7 @@ class VirtualMemory(Memory):
         self._tower: Tower | None = None
         self._few: Tower | None = None
         """Of a view that keeps what it reads: gathers few rows."""
-        self._tower_pause = TOWER_PAUSE if keep else 0
+        self._tower_pause = NEVER if keep else 0
         self._tables = physical.for_tables() if tables is None else tables
         constants = physical.for_constants()
         self._constants = None if constants is physical else constants
@@ -125,16 +129,15 @@ class VirtualMemory(Memory):
 
     def tower(self) -> Tower | None:
         """What reads from here down to the ground in one call; None where nothing does. None of a view that keeps."""
+        if self._tower_pause:
+            self._tower_pause -= 1
+            return None
         tower = self._tower
-        if tower is None:
-            if self._tower_pause:
-                self._tower_pause -= not self.keep
-                return None
-        elif tower.stands():
+        if tower is not None and tower.stands():
             return tower
-        tower = self._tower = tower_of(self)
+        tower = self._tower = None if self.keep else tower_of(self)
         if tower is None:
-            self._tower_pause = TOWER_PAUSE
+            self._tower_pause = NEVER if self.keep else TOWER_PAUSE
         return tower if tower is not None and tower.stands() else None
 
     def _shared(self, view: V) -> V:
@@ -142,7 +145,8 @@ class VirtualMemory(Memory):
         tower = self.tower()
         if tower is not None and tower.lacks_pieces:
             view._few = tower
-            view._tower = tower if tower.deep else None
+            if tower.deep:
+                view._tower, view._tower_pause = tower, 0
         return view
 
     def gather_down(self, addresses: Addresses, out: Rows) -> bool:
@@ -162,7 +166,9 @@ class VirtualMemory(Memory):
         if not 0 < len(buffer) <= TOWER_BYTES:
             return False
         tower = self.tower()
-        return tower is not None and tower.readinto(address, buffer)
+        if tower is None or (len(buffer) > MAPPED_BYTES and not tower.lacks_pieces):
+            return False
+        return tower.readinto(address, buffer)
 
     # -- one address -----------------------------------------------------------------------------------
 
@@ -332,8 +338,7 @@ class VirtualMemory(Memory):
 
     def u8(self, address: int) -> int:
         """See `Memory.u8`."""
-        word = self._word(address, 1)
-        if word is not None:
+        if not self._tower_pause and (word := self._word(address, 1)) is not None:
             return word
         physical = self._walker(address).find(address)[0]
         try:
@@ -343,8 +348,7 @@ class VirtualMemory(Memory):
 
     def u32(self, address: int) -> int:
         """See `Memory.u32`."""
-        word = self._word(address, 4)
-        if word is not None:
+        if not self._tower_pause and (word := self._word(address, 4)) is not None:
             return word
         if address & self._step - 1 > self._step - 4:
             return super().u32(address)
@@ -356,8 +360,9 @@ class VirtualMemory(Memory):
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""
-        word = self._word(address, 8)
-        if word is not None:
+        if self._tower_pause:
+            self._tower_pause -= 1
+        elif (word := self._word(address, 8)) is not None:
             return word
         if address & self._step - 1 > self._step - 8:
             return super().u64(address)
