@@ -50,7 +50,7 @@ class KernelMemory(VirtualMemory):
 
     def cached(self) -> KernelMemory:
         """See `Memory.cached`."""
-        return type(self)(self.physical.cached(), self.roots, self.claims, keep=True)
+        return self._shared(type(self)(self.physical.cached(), self.roots, self.claims, keep=True))
 
     def over(self, physical: Memory) -> KernelMemory:
         """The same kernel in another layout of RAM."""
