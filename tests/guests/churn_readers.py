@@ -320,15 +320,20 @@ class Stander(Holder):
                 if held is not None and held.stamp is not None and held.stamp.life:
                     self.stand(held)
                     break
+                if held is not None:
+                    held.close()
         return self.found
 
     def stand(self, held: Held) -> None:
         os.fchdir(held.folder)
+        done = False
         try:
-            while not self.is_over and not self.is_done(held):
+            while not self.is_over and not (done := self.is_done(held)):
                 self.look_around(held)
         finally:
             os.chdir("/")
+            if not done:
+                held.close()
 
     def look_around(self, held: Held) -> None:
         """What a path that begins here shows is this process's too."""
