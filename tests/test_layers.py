@@ -81,7 +81,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "engine.connectors.qemu": ("engine.connectors.qemu.connector",),
     "engine.connectors.qemu.*": (
-        "engine.connector", "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*", "engine.formats.*",
+        "engine.joined_memory", "engine.connector",
+        "engine.file_memory", "engine.numbers", "engine.connectors.qemu.*", "engine.formats.*",
         "engine.machine_states",
     ),
     "engine.oslayers": (),

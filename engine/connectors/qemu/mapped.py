@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from engine.connectors.qemu.finding import Guest
 from engine.connectors.qemu.presence import Presence
 from engine.connectors.qemu.ram import Run, region_at
-from engine.connectors.qemu.sources import JoinedMemory, Part, UntouchedRam
+from engine.connectors.qemu.sources import UntouchedRam
 from engine.errors import EngineError, UnusableTargetError
 from engine.file_memory import FileMemory
+from engine.joined_memory import JoinedMemory
 from engine.memory import Memory
 from engine.memory_map import MappedMemory, MapRange, MemoryMap
 from engine.mounts import Backing, filesystem_of, huge_memory_devices, parse_mount_table
+from engine.records import dataclass
 from engine.types import Region
 
 SELDOM = 0.001
@@ -29,6 +31,16 @@ SELDOM = 0.001
 DESCRIPTORS_MOST = 1 << 16
 MOUNTS_MOST = 16 << 20
 """Bytes of a table of mounts; the kernel's limit is 100,000 of them (fs.mount-max)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`size` bytes of a source from `start` on, which stand at the physical address `base`."""
+
+    base: int
+    source: Memory
+    start: int
+    size: int
 
 
 class Mapped:
@@ -47,24 +59,21 @@ class Mapped:
         Addresses in the map are those in the one file, or else those in QEMU.
         """
         parts = [part for entry in ranges for part in self._parts(entry)]
-        sources = list(dict.fromkeys(source for _, source, _ in parts))
+        sources = list(dict.fromkeys(part.source for part in parts))
         if len(sources) == 1:
             source = sources[0]
-            memory_map = MemoryMap([MapRange(base, part.size, part.start) for base, _, part in parts])
+            memory_map = MemoryMap([MapRange(part.base, part.size, part.start) for part in parts])
             whole = memory_map.coalesced()
             if len(whole) == 1 and (whole[0].base, whole[0].real_base, whole[0].length) == (0, 0, source.size):
                 return source, memory_map
             return MappedMemory(source, memory_map), memory_map
-        begin, joined = 0, []
-        for base, _, part in parts:
-            joined.append(MapRange(base, part.size, begin))
-            begin += part.size
-        memory = MappedMemory(JoinedMemory([part for _, _, part in parts]), MemoryMap(joined))
+        ascending = sorted(parts, key=lambda part: part.base)
+        memory = JoinedMemory([(part.base, part.source.window(part.start, part.size)) for part in ascending])
         return memory, MemoryMap(ranges)
 
-    def _parts(self, entry: MapRange) -> list[tuple[int, Memory, Part]]:
-        """A range cut at QEMU's mappings: (physical address, source, part of it)."""
-        found: list[tuple[int, Memory, Part]] = []
+    def _parts(self, entry: MapRange) -> list[Part]:
+        """A range cut at QEMU's mappings."""
+        found: list[Part] = []
         done = 0
         while done < entry.length:
             at = entry.real_base + done
@@ -75,7 +84,7 @@ class Mapped:
             file = self._file(region)
             source: Memory = self._process(region) if file is None else file
             start = at if file is None else at - region.start + region.offset
-            found.append((entry.base + done, source, Part(source, start, size)))
+            found.append(Part(entry.base + done, source, start, size))
             done += size
         return found
 

@@ -1,15 +1,13 @@
 """The memory of a guest, put together from what its QEMU maps.
 
 `RamMemory` is what a connector gives: it answers for as long as the QEMU lives that was opened, and no longer.
-`UntouchedRam` gives zeros where a guest in a guest has not touched its RAM yet; `JoinedMemory` puts several sources
-behind one another.
+`UntouchedRam` gives zeros where a guest in a guest has not touched its RAM yet.
 """
 
 from __future__ import annotations
 
-import bisect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +15,7 @@ import numpy as np
 from engine.connectors.qemu.presence import Presence
 from engine.errors import EngineError, FaultError, FaultKind
 from engine.floors import Deep, Through
-from engine.memory import COLUMN_THRESHOLD, NO_FAULTS, Addresses, Data, Faults, Memory, Pieces, Rows, fault
-from engine.records import dataclass
+from engine.memory import COLUMN_THRESHOLD, Addresses, Data, Faults, Memory, Pieces, Rows, fault
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05
@@ -293,143 +290,3 @@ class UntouchedRam(Memory):
     def cached(self) -> Memory:
         """See `Memory.cached`."""
         return type(self)(self.memory.cached())
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """`size` bytes of a source from `start` on."""
-
-    source: Memory
-    start: int
-    size: int
-
-
-class JoinedMemory(Memory):
-    """Parts of several sources behind one another."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = tuple(parts)
-        self._stops = np.cumsum([part.size for part in parts]).tolist()
-        self._handed: tuple[list[Pieces], Pieces] | None = None
-        aligned = all(not (part.start | part.size) % part.source.page_size for part in parts)
-        self.page_size = min(part.source.page_size for part in parts) if aligned else 1
-        self.writable = all(part.source.writable for part in parts)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all parts together."""
-        return int(self._stops[-1])
-
-    @property
-    def may_block(self) -> bool:
-        """Whether any source may."""
-        return any(part.source.may_block for part in self._parts)
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """Whether they are everywhere."""
-        return all(part.source.words_are_cheap for part in self._parts)
-
-    def _pieces(self, address: int, size: int) -> Iterator[tuple[int, int, Memory, int]]:
-        """(offset in the request, address in the source, source, size). Raises FaultError behind the last part."""
-        done = 0
-        index = bisect.bisect_right(self._stops, address)
-        while done < size:
-            if address < 0 or index >= len(self._parts):
-                raise FaultError(address + done)
-            part = self._parts[index]
-            inside = address + done - (self._stops[index] - part.size)
-            step = min(size - done, part.size - inside)
-            yield done, part.start + inside, part.source, step
-            done += step
-            index += 1
-
-    def readinto(self, address: int, buffer: memoryview) -> None:
-        """See `Memory.readinto`."""
-        for offset, real, source, step in self._pieces(address, len(buffer)):
-            try:
-                source.readinto(real, buffer[offset : offset + step])
-            except FaultError as error:
-                raise error.moved(address + offset - real) from None
-
-    def readinto_nowait(self, address: int, buffer: memoryview) -> bool:
-        """See `Memory.readinto_nowait`."""
-        for offset, real, source, step in self._pieces(address, len(buffer)):
-            try:
-                if not source.readinto_nowait(real, buffer[offset : offset + step]):
-                    return False
-            except FaultError as error:
-                raise error.moved(address + offset - real) from None
-        return True
-
-    def write(self, address: int, data: Data) -> None:
-        """See `Memory.write`."""
-        view = memoryview(data).cast("B")
-        for offset, real, source, step in self._pieces(address, len(view)):
-            try:
-                source.write(real, view[offset : offset + step])
-            except FaultError as error:
-                raise error.moved(address + offset - real) from None
-
-    def gather(self, addresses: Addresses, out: Rows) -> Faults:
-        """See `Memory.gather`: one gather of each source."""
-        width = out.shape[1]
-        index = np.searchsorted(np.array(self._stops, np.uint64), addresses, "right")
-        found: list[tuple[int, int, int]] = []
-        for number in np.unique(index).tolist():
-            rows = np.flatnonzero(index == number)
-            part = self._parts[number] if number < len(self._parts) else None
-            begin = 0 if part is None else self._stops[number] - part.size
-            inside = addresses[rows] - np.uint64(begin)
-            whole = np.zeros(len(rows), bool) if part is None else inside + np.uint64(width) <= np.uint64(part.size)
-            good, others = rows[whole], rows[~whole]
-            if part is not None and len(good):
-                filled = np.empty((len(good), width), np.uint8)
-                faults = part.source.gather(inside[whole] + np.uint64(part.start), filled)
-                out[good] = filled
-                moved = faults.addresses - np.uint64(part.start) + np.uint64(begin)
-                found += zip(good[faults.rows].tolist(), moved.tolist(), faults.kinds.tolist(), strict=True)
-            if len(others):
-                rest = np.empty((len(others), width), np.uint8)
-                edges = super().gather(addresses[others], rest)
-                out[others] = rest
-                rows_of = others[edges.rows].tolist()
-                found += zip(rows_of, edges.addresses.tolist(), edges.kinds.tolist(), strict=True)
-        return Faults.of(sorted(found)) if found else NO_FAULTS
-
-    def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
-        """See `Memory.extents`."""
-        stop = self.size if stop is None else min(stop, self.size)
-        for part, end in zip(self._parts, self._stops, strict=True):
-            begin = end - part.size
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                delta = begin - part.start
-                for extent in part.source.extents(low - delta, high - delta):
-                    yield Extent(extent.start + delta, extent.size)
-
-    def borrow(self, address: int, size: int) -> memoryview | None:
-        """See `Memory.borrow`: of bytes in one part."""
-        index = bisect.bisect_right(self._stops, address)
-        if address < 0 or index >= len(self._parts) or address + size > self._stops[index]:
-            return None
-        part = self._parts[index]
-        return part.source.borrow(address - (self._stops[index] - part.size) + part.start, size)
-
-    def pieces(self) -> Pieces | None:
-        """See `Memory.pieces`."""
-        found = []
-        for part in self._parts:
-            one = part.source.pieces()
-            if one is None:
-                return None
-            found.append(one)
-        kept = self._handed
-        if kept is None or any(one is not other for one, other in zip(kept[0], found, strict=True)):
-            moved = [
-                piece
-                for part, one, stop in zip(self._parts, found, self._stops, strict=True)
-                for piece in one.moved(part.start, part.size, stop - part.size)
-            ]
-            kept = self._handed = found, Pieces(moved)
-        return kept[1]
