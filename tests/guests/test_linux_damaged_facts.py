@@ -8,7 +8,7 @@ import random
 import time
 
 import pytest
-from guests.opened import Copy, opened
+from guests.opened import Copy
 
 from engine.errors import EngineError
 from engine.oslayer import Containers, KernelConfig, ProcFiles, Sockets, SystemFiles
@@ -16,18 +16,25 @@ from engine.oslayer import Containers, KernelConfig, ProcFiles, Sockets, SystemF
 PAGE = 4096
 LIVE = 12
 """Processes that are asked where nothing read may be kept: each costs a walk of page tables for each page."""
+LEFT = 20
+"""Processes that such damage leaves whole for certain, of about seventy."""
 SECONDS = 60
 """Of CPU: far more than anything here takes; a walk without an end takes for ever."""
 
 
-def damaged(copy: Copy, seed: int, share: float) -> None:
-    """Wipe or randomise pages that hold something, but for the kernel's image: without types all is another matter."""
+def damaged(copy: Copy, seed: int, share: float) -> set[int]:
+    """Wipe or randomise pages that hold something, but for the kernel's image: without types all is another matter.
+
+    Gives their places.
+    """
     chance, image = random.Random(seed), copy.original.kernel.found.image
-    first = copy.place(image.start)
+    first, places = copy.place(image.start), set()
     for extent in copy.memory.extents():
         for at in range(extent.start, extent.stop - PAGE + 1, PAGE):
             if chance.random() < share and not first <= at < first + image.size:
                 copy.memory.write(at, bytes(PAGE) if chance.random() < 0.5 else chance.randbytes(PAGE))
+                places.add(at)
+    return places
 
 
 @pytest.mark.parametrize(("seed", "share"), [(1, 0.01), (2, 0.05), (4, 0.2)])
@@ -73,8 +80,31 @@ def ask_of_system(layer) -> None:
                 list(getattr(found, ask)())
 
 
-def test_a_hundredth_of_damage_costs_few_processes(typed):
-    listed = opened(typed).pids()
-    for seed in (1, 2):
-        layer = Copy(typed).layer(lambda copy, seed=seed: damaged(copy, seed, 0.01))
-        assert len(set(listed) & set(layer.pids())) >= 0.9 * len(listed)
+def records(copy: Copy) -> dict[int, set[int]]:
+    """The pages in which the record of each process lies, by PID."""
+    size, found = copy.original.tasks.task.size, {}
+    for process in copy.original.processes():
+        start = process.record.address
+        first = start & -PAGE
+        found[process.info.pid] = {copy.place(at) for at in range(first, start + size, PAGE)}
+    return found
+
+
+def hold_to_what_is_left(recording, seed: int) -> None:
+    """Of the processes whose own record was not hit, nine of ten at least are listed: whatever else was."""
+    copy, hit = Copy(recording), set()
+    layer = copy.layer(lambda copy: hit.update(damaged(copy, seed, 0.01)))
+    whole = {pid for pid, pages in records(copy).items() if not pages & hit}
+    assert len(whole) >= LEFT
+    assert len(whole & set(layer.pids())) >= 0.9 * len(whole), (seed, layer.info.skipped, layer.info.notes)
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_a_hundredth_of_damage_costs_few_processes(typed, seed):
+    hold_to_what_is_left(typed, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5, 31))
+def test_a_hundredth_of_damage_costs_few_processes_whatever_it_hits(typed, seed):
+    hold_to_what_is_left(typed, seed)

@@ -97,6 +97,20 @@ class MendedMemory(KernelMemory):
         """See `KernelMemory.damaged_tables`."""
         return len(self._mended.repair.damaged) if self._mended is not None else 0
 
+    def cached(self) -> KernelMemory:
+        """See `Memory.cached`."""
+        return self._as_mended(super().cached())
+
+    def over(self, physical: Memory) -> KernelMemory:
+        """See `KernelMemory.over`."""
+        return self._as_mended(super().over(physical))
+
+    def _as_mended(self, other: KernelMemory) -> KernelMemory:
+        """Another view, mended if this one is: it might never meet a fault, where it is asked what there is to read."""
+        if self.damaged_tables:
+            other.mend()
+        return other
+
     def mend(self) -> None:
         """See `KernelMemory.mend`."""
         with self._lock:

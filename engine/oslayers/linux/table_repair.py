@@ -145,6 +145,7 @@ class _Pass:
     def __init__(self, physical: Memory, root: Root, ram: Ram, linear: LinearMap, repair: Repair) -> None:
         self.physical, self.ram, self.linear, self.repair = physical, ram, linear, repair
         self.spec, self.dtb = root
+        self.memory = Extent(ram.extent.start, physical.size - ram.extent.start)
 
     def run(self) -> None:
         """All levels, the top one first."""
@@ -194,7 +195,7 @@ class _Pass:
             first = np.maximum(at, np.uint64(region.start)) - np.uint64(self.linear.distance)
             last = np.minimum(last, np.uint64(region.stop - 1)) - np.uint64(self.linear.distance)
         wanted &= self.ram.has(first, last)
-        told = _told(level, entries, at, self.physical.size, self.ram, self.repair.next_free)
+        told = _told(level, entries, at, self.memory, self.repair.next_free)
         shape = len(tables), level.count
         lost = _are_lost(told.impossible.reshape(shape))
         for row in np.flatnonzero(~matrix.any(axis=1) & wanted.reshape(shape).any(axis=1)).tolist():
@@ -277,20 +278,17 @@ class _Told:
 
 
 def _told(
-    level: LevelRows, entries: Addresses, at: Addresses, size: int, ram: Ram | None = None, added: int = 0
+    level: LevelRows, entries: Addresses, at: Addresses, memory: Extent, added: int = 0
 ) -> _Told:
-    """`at`: the addresses that the entries translate; from `size` up to `added` there are tables too.
-
-    Without `ram` all below `size` is memory.
-    """
+    """`at`: the addresses that the entries translate; behind `memory`, up to `added`, there are tables too."""
     codes = level.codes(entries)
     malformed = level.faults[codes] == FaultKind.MALFORMED
     codes[level.faults[codes] != 0] = 0
     bases, tables = level.bases(codes, entries), level.tables[codes] & (codes > 0)
     inside = (np.uint64(1) << np.where(tables, 0, level.page_bits[codes]).astype(np.uint64)) - np.uint64(1)
     lies: Addresses = (bases & ~inside).astype(np.uint64) | at & inside
-    there = ram.has(lies) if ram is not None else lies < np.uint64(size)
-    there |= tables & (lies >= np.uint64(size)) & (lies < np.uint64(added))
+    there = (lies >= np.uint64(memory.start)) & (lies < np.uint64(memory.stop))
+    there |= tables & (lies >= np.uint64(memory.stop)) & (lies < np.uint64(added))
     there &= codes > 0
     return _Told(bases, tables, there, (codes > 0) & ~there | malformed)
 
@@ -320,7 +318,8 @@ def lost_table(memory: VirtualMemory, address: int) -> LostTable | None:
     spec = memory.roots[0][0]
     steps: list[tuple[int, int]] = []
     try:
-        steps += [(number, entry_address) for number, entry_address, _, _ in memory.path(address)]
+        for number, entry_address, _, _ in memory.path(address):  # what came before a fault counts
+            steps.append((number, entry_address))
     except FaultError as error:
         if error.kind is not FaultKind.TABLE:
             return None
@@ -335,7 +334,7 @@ def lost_table(memory: VirtualMemory, address: int) -> LostTable | None:
     if bad is not None:
         return None
     at = np.uint64(start) + (np.arange(level.count, dtype=np.uint64) << level.shift)
-    told = _told(level, np.ascontiguousarray(entries).reshape(-1), at, memory.physical.size)
+    told = _told(level, np.ascontiguousarray(entries).reshape(-1), at, Extent(0, memory.physical.size))
     empty = not entries.any()
     if not empty and not _are_lost(told.impossible.reshape(1, -1))[0]:
         return None
