@@ -109,7 +109,7 @@ class Repair:
     damaged: set[int] = field(default_factory=set)
     """Where the tables lie in which something was wrong."""
     lost: set[int] = field(default_factory=set)
-    """Which of them are believed in nothing."""
+    """Tables, or pages of them, of which nothing is believed."""
     next_free: int = 0
     """Where the next table is added."""
 
@@ -196,20 +196,23 @@ class _Pass:
             last = np.minimum(last, np.uint64(region.stop - 1)) - np.uint64(self.linear.distance)
         wanted &= self.ram.has(first, last)
         told = _told(level, entries, at, self.memory, self.repair.next_free)
-        shape = len(tables), level.count
-        lost = _are_lost(told.impossible.reshape(shape))
-        for row in np.flatnonzero(~matrix.any(axis=1) & wanted.reshape(shape).any(axis=1)).tolist():
-            lost[row] = self._is_lost(level, int(starts[row]))
-        lost |= np.isin(tables, list(self.repair.lost)) | (tables >= np.uint64(self.physical.size))
-        self.repair.lost.update(tables[lost].tolist())
-        broken = wanted & (told.impossible | np.repeat(lost, level.count) & ~told.there)
+        count = _part(level)  # a table of 16 KiB lies in four pages, each of which may be damaged by itself
+        inside = np.arange(0, level.width, min(level.width, PAGE), dtype=np.uint64)
+        parts = (tables[:, None] + inside[None, :]).reshape(-1)
+        lost = _are_lost(told.impossible.reshape(-1, count))
+        blank = ~entries.reshape(-1, count).any(axis=1) & wanted.reshape(-1, count).any(axis=1)
+        for row in np.flatnonzero(blank).tolist():
+            lost[row] = self._is_lost(int(at[row * count]), count * level.span)
+        lost |= np.isin(parts, list(self.repair.lost)) | (parts >= np.uint64(self.physical.size))
+        self.repair.lost.update(parts[lost].tolist())
+        broken = wanted & (told.impossible | np.repeat(lost, count) & ~told.there)
         return _Tables(matrix, at, told.bases, wanted, told.tables & told.there, broken)
 
-    def _is_lost(self, level: LevelRows, start: int) -> bool:
+    def _is_lost(self, start: int, size: int) -> bool:
         """Whether an empty table was one in which something was mapped: certain for RAM, of an image by signs."""
         if self.linear.known is None:
             return True
-        last = start + (level.span << level.count.bit_length() - 1) - 1
+        last = start + size - 1
         if any(start <= address <= last for address in self.linear.known):
             return True
         beside = [address for address in (start - 1, last + 1) if address in self.linear.region]
@@ -293,6 +296,11 @@ def _told(
     return _Told(bases, tables, there, (codes > 0) & ~there | malformed)
 
 
+def _part(level: LevelRows) -> int:
+    """Entries of a table that lie in one page."""
+    return level.count * min(level.width, PAGE) // level.width
+
+
 def _are_lost(impossible: Mask) -> Mask:
     """Of which tables, one in a row, so much is impossible that nothing in them is believed."""
     counts = np.count_nonzero(impossible, axis=1)
@@ -302,7 +310,7 @@ def _are_lost(impossible: Mask) -> Mask:
 
 @dataclass(frozen=True, slots=True)
 class LostTable:
-    """A table that is damaged as a whole."""
+    """A table that is damaged as a whole, or, where it has several pages, one of these."""
 
     span: Extent
     """What it maps."""
@@ -327,13 +335,15 @@ def lost_table(memory: VirtualMemory, address: int) -> LostTable | None:
         return None
     number, entry_address = steps[-1]
     level = rows_of(spec).levels[number]
-    size = level.span << level.count.bit_length() - 1
+    count = _part(level)
+    size = level.span * count
     start = address & -size
     table = entry_address - (address - start) // level.span * spec.entry_size
-    entries, bad = TableReader(memory.physical, spec.entry_size).rows(np.array([table], np.uint64), level.width)
+    width = count * spec.entry_size
+    entries, bad = TableReader(memory.physical, spec.entry_size).rows(np.array([table], np.uint64), width)
     if bad is not None:
         return None
-    at = np.uint64(start) + (np.arange(level.count, dtype=np.uint64) << level.shift)
+    at = np.uint64(start) + (np.arange(count, dtype=np.uint64) << level.shift)
     told = _told(level, np.ascontiguousarray(entries).reshape(-1), at, Extent(0, memory.physical.size))
     empty = not entries.any()
     if not empty and not _are_lost(told.impossible.reshape(1, -1))[0]:
