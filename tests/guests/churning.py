@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from guests.catalogue import MACHINES
-from guests.kernels import GuestError, MissingError, cache_root, locked, made_whole, provide
+from guests.compiling import compiled_alone
+from guests.kernels import GuestError, provide
 from guests.living import Living, qemu
 from guests.machine import BOOT_LIMIT
 from guests.monitor import Serial
-from guests.program import FLAGS, Archive
+from guests.program import Archive
 
 RATE = 200
 """Processes in a second. They live for 50 ms to 5 s, most of them less than 400 ms, 0.55 s on average."""
@@ -30,21 +28,6 @@ KERNEL = "amd64-6.1"
 SOURCE = Path(__file__).with_name("churner.c")
 
 
-def _program() -> Path:
-    if not shutil.which("gcc"):
-        raise MissingError("gcc is missing, which compiles the program of the guest")
-    key = hashlib.sha256(" ".join(FLAGS).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    place = cache_root() / "programs" / f"churner-{key}"
-    with locked("program-churner"):
-        if not place.exists():
-            with made_whole(place) as folder:
-                command = ["gcc", *FLAGS, "-o", str(folder / "init"), str(SOURCE)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-                if done.returncode:
-                    raise GuestError(f"gcc could not compile the program of the guest: {done.stderr[-2000:]}")
-    return place / "init"
-
-
 @contextlib.contextmanager
 def churning(
     ram: str = "memfd", *, size: int = 256, rate: int = RATE, pids: int = PIDS
@@ -53,7 +36,7 @@ def churning(
     archive = Archive()
     archive.add("dev", 0o040755)
     archive.add("dev/console", 0o020600, device=(5, 1))
-    archive.add("init", 0o100755, _program().read_bytes())
+    archive.add("init", 0o100755, compiled_alone(SOURCE))
     found, initramfs = provide([KERNEL])[KERNEL], gzip.compress(archive.finished(), compresslevel=1, mtime=0)
     told = f"console=ttyS0 rdinit=/init panic=-1 quiet {MACHINES['amd64'].options} rate={rate} pids={pids}"
 

@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from guests.compiling import compile_alone
 from guests.kernels import GuestError, MissingError, cache_root, locked, made_whole, provide
 from guests.living import Living, qemu
 from guests.monitor import Serial
-from guests.program import FLAGS, Archive
+from guests.program import Archive
 from guests.recorder import version_of
 
 OUTER_SIZE, INNER_SIZE = 512, 128
@@ -84,13 +85,8 @@ sleep 100000
 
 
 def _made_program(place: Path) -> bytes:
-    if not shutil.which("gcc"):
-        raise MissingError("gcc is missing, which compiles the program of the inner guest")
     (place / "init.c").write_text(PROGRAM)
-    command = ["gcc", *FLAGS, "-o", str(place / "init"), str(place / "init.c")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise GuestError(f"gcc could not compile the program of the inner guest: {done.stderr[-2000:]}")
+    compile_alone(place / "init.c", place / "init")
     return (place / "init").read_bytes()
 
 

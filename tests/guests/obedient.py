@@ -9,13 +9,13 @@ import contextlib
 import gzip
 import hashlib
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from guests.catalogue import MACHINES
-from guests.kernels import GuestError, MissingError, cache_root, locked, made_whole, provide
+from guests.compiling import compiled_alone
+from guests.kernels import cache_root, locked, made_whole, provide
 from guests.living import Living, qemu
 from guests.machine import BOOT_LIMIT
 from guests.monitor import Serial
@@ -29,26 +29,11 @@ COUNT, SAME, WORD = 64, 72, 80
 SOURCE = Path(__file__).with_name("obedient.c")
 
 
-def _program() -> Path:
-    if not shutil.which("gcc"):
-        raise MissingError("gcc is missing, which compiles the program of the guest")
-    key = hashlib.sha256(" ".join(FLAGS).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    place = cache_root() / "programs" / f"obedient-{key}"
-    with locked("program-obedient"):
-        if not place.exists():
-            with made_whole(place) as folder:
-                command = ["gcc", *FLAGS, "-o", str(folder / "init"), str(SOURCE)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-                if done.returncode:
-                    raise GuestError(f"gcc could not compile the program of the guest: {done.stderr[-2000:]}")
-    return place / "init"
-
-
 def _archive(files: dict[str, bytes]) -> bytes:
     archive = Archive()
     archive.add("dev", 0o040755)
     archive.add("dev/console", 0o020600, device=(5, 1))
-    archive.add("init", 0o100755, _program().read_bytes())
+    archive.add("init", 0o100755, compiled_alone(SOURCE))
     if files:
         archive.add("next", 0o040755)
     for name, content in files.items():
