@@ -155,8 +155,8 @@ def _asked_for(ask, seconds: float) -> None:
 
 def test_a_processor_is_known_to_be_in_its_kernel_by_its_registers(copy, recording):
     found = copy.original.kernel.found
-    inside = is_inside(found, [recording.registers])
-    assert inside is (None if found.machine == "armv7l" else True)
+    told = {name.lower() for name in recording.registers} & {"cr3", "satp", "ttbr1_el1"}
+    assert is_inside(found, [recording.registers]) is (True if told else None)
     if found.machine == "x86_64":
         elsewhere = {**recording.registers, "CR3": 0x1000}
         assert is_inside(found, [elsewhere]) is False
