@@ -9,6 +9,7 @@ import string
 import struct
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 Symbol = tuple[int, str, str]
 """Address, nm's letter, name."""
@@ -176,7 +177,7 @@ class Image:
 
 
 @functools.cache
-def image(layout: str, count: int = 800, **changes: object) -> Image:
+def image(layout: str, count: int = 800, **changes: Any) -> Image:
     """The image of one of the layouts; shared, so not to be written to."""
-    shape = replace(LAYOUTS[layout], **changes)  # type: ignore[arg-type]  # of any kind
+    shape = replace(LAYOUTS[layout], **changes)
     return Image(symbols_of(shape, count), shape)

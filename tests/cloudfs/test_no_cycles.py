@@ -74,14 +74,23 @@ class Reading(OpenFile):
         raise OSError(5, "a read that fails")
 
 
+class Half(Folder):
+    """Its listing breaks off."""
+
+    def __init__(self, name: str, *, blocks: bool) -> None:
+        super().__init__(name, {})
+        self._blocks = blocks
+
+    def children(self) -> Iterator[tuple[str, Node]]:
+        return broken_off(blocks=self._blocks)
+
+
 def failing_tree(*, blocks: bool) -> Folder:
-    half = Folder("half", {})
-    half.children = lambda: broken_off(blocks=blocks)  # type: ignore[method-assign]  # of one folder
     return Folder(
         "root",
         {
             "failing": Failing(blocks=blocks),
-            "half": half,
+            "half": Half("half", blocks=blocks),
             "file": Unreadable("file", blocks=blocks),
             "attributes": Unreadable("attributes", blocks=blocks, attributes=PermissionError),
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from guests import recorder
@@ -69,9 +70,9 @@ def start() -> Iterator[Callable[..., Living]]:
     """Starts QEMUs as `guests.living.qemu` does; they end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*words: str, **more: object) -> Living:
+        def begin(*words: str, **more: Any) -> Living:
             try:
-                return stack.enter_context(qemu(*words, **more))  # type: ignore[arg-type]  # what `qemu` takes
+                return stack.enter_context(qemu(*words, **more))
             except MissingError as error:
                 require(False, str(error))
                 raise

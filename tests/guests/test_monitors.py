@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guests.kernels import MissingError
@@ -26,9 +27,9 @@ HUMAN = ["-S", "-monitor", "unix:{folder}/human,server=on,wait=off"]
 
 
 @contextlib.contextmanager
-def started(*words: str, **more: object) -> Iterator[Living]:
+def started(*words: str, **more: Any) -> Iterator[Living]:
     try:
-        with qemu(*words, **more) as living:  # type: ignore[arg-type]  # what `qemu` takes
+        with qemu(*words, **more) as living:
             yield living
     except MissingError as error:
         require(False, str(error))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from guests.kernels import MissingError
@@ -43,9 +44,9 @@ def in_all(request: pytest.FixtureRequest) -> None:
 
 
 @contextlib.contextmanager
-def guest_of(**more: object) -> Iterator[Obedient]:
+def guest_of(**more: Any) -> Iterator[Obedient]:
     try:
-        with obedient(**more) as guest:  # type: ignore[arg-type]  # what `obedient` takes
+        with obedient(**more) as guest:
             yield guest
     except MissingError as error:
         require(False, str(error))

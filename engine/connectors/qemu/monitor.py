@@ -17,6 +17,7 @@ import re
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -47,7 +48,7 @@ class MonitorError(UnsupportedError):
     code = "monitor"
 
 
-class Conversation:
+class Conversation(ABC):
     """One short conversation over a socket; use it as a context manager."""
 
     def __init__(self, connection: socket.socket, what: str, deadline: float | None = None) -> None:
@@ -105,9 +106,9 @@ class Conversation:
         except OSError as error:
             raise MonitorError(f"{self._what}: {error.strerror}") from None
 
+    @abstractmethod
     def human(self, line: str) -> str:
         """What the monitor for people prints. Raises MonitorError, TargetTimeoutError."""
-        raise NotImplementedError
 
 
 class Monitor(Conversation):

@@ -13,7 +13,7 @@ import pytest
 
 from engine.connectors.qemu import monitor as monitors
 from engine.connectors.qemu.command_line import parse
-from engine.connectors.qemu.monitor import HumanMonitor, Monitor, MonitorError
+from engine.connectors.qemu.monitor import Conversation, HumanMonitor, Monitor, MonitorError
 from engine.errors import TargetBusyError, TargetTimeoutError
 from engine.formats.qemu_monitor import status
 
@@ -47,8 +47,8 @@ def played(play: Play) -> Iterator[socket.socket]:
         thread.join(20)
 
 
-def opened(ours: socket.socket, kind: type[Monitor | HumanMonitor] = Monitor, limit: float = 1.0) -> Monitor:
-    return kind(ours, "the monitor", time.monotonic() + limit)  # type: ignore[return-value]  # both have `human`
+def opened(ours: socket.socket, kind: type[Monitor | HumanMonitor] = Monitor, limit: float = 1.0) -> Conversation:
+    return kind(ours, "the monitor", time.monotonic() + limit)
 
 
 def until_closed(theirs: socket.socket) -> None:

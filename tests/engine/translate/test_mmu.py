@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from engine.translate.x86 import X86, X86_64, X86_64_LA57
 from engine.types import Extent, PageFlags, Rights
 
 
-def tiny(**changes: object) -> MmuSpec:
+def tiny(**changes: Any) -> MmuSpec:
     """Two levels of four entries of one byte: bit 0 valid, bit 1 large, bits 7:4 the address in steps of 16."""
     address = ((0xF0, 0),)
     values = {
@@ -28,15 +29,15 @@ def tiny(**changes: object) -> MmuSpec:
                          EntryKind("swap", 3, 2, fault=FaultKind.PAGED_OUT))),
         ),
     }  # fmt: skip
-    return MmuSpec(**{**values, **changes})  # type: ignore[arg-type]  # of any kind
+    return MmuSpec(**{**values, **changes})
 
 
 #      top at 0x10: table at 0x20 | 64 at 0x80 | 0 | 8 (no row)       0x20: 16 at 0x50, dirty | swap | 0 | 0x61
 TINY = bytes(16) + bytes([0x25, 0x83, 0, 8]) + bytes(12) + bytes([0x5D, 0x32, 0, 0x61]) + bytes(12)
 
 
-def walker(spec: MmuSpec | None = None, data: bytes = TINY, **options: object) -> Walker:
-    return Walker(BytesMemory(data), spec or tiny(), 0x10, **options)  # type: ignore[arg-type]  # what Walker takes
+def walker(spec: MmuSpec | None = None, data: bytes = TINY, **options: Any) -> Walker:
+    return Walker(BytesMemory(data), spec or tiny(), 0x10, **options)
 
 
 def test_a_walk_says_all_that_its_entries_say():
