@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from engine.connectors.gdb import GdbConnector
 from engine.connectors.gdb.wire import framed, unpacked
 
 
@@ -85,3 +86,13 @@ def scripted(folder: Path) -> Iterator[Scripted]:
             return made
 
         yield make
+
+
+@contextlib.contextmanager
+def opened(target: str, *, writable: bool = False, **options: str) -> Iterator[GdbConnector]:
+    """A connector to a stub of whatever kind."""
+    connector = GdbConnector.open(target, options, parent=None, writable=writable)
+    try:
+        yield connector
+    finally:
+        connector.close()

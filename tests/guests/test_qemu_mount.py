@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from guests.booted import booted
 from guests.kernels import MissingError
-from guests.living import Living, boot_words, qemu, wait_until
-from guests.machine import BOOT_LIMIT, RunningGuest
-from guests.monitor import Serial
+from guests.living import wait_until
 from guests.nested import SECRET, nested
 from guests.truth import secret_text
 from mounting import mounted
 from support import require
 
 COUNT = 64
-
-
-class Booted(RunningGuest):
-    """A Linux guest whose memory is read by QEMU itself."""
-
-    def __init__(self, living: Living) -> None:
-        self.living = living
-        self.serial = Serial(living.folder / "serial")
-
-    def read_physical(self, address: int, size: int) -> bytes:
-        return self.living.saved(address, size)
-
-
-@contextlib.contextmanager
-def booted(ram: str) -> Iterator[Booted]:
-    """A Linux guest that has told its truth and waits."""
-    try:
-        words, put = boot_words()
-        words += ["-cpu", "max,la57=off", "-serial", "unix:{folder}/serial,server=on,wait=off"]
-        with qemu(ram, size=512, more=words, prepare=put) as living:
-            found = Booted(living)
-            with contextlib.closing(found.serial):
-                found.serial.said("booted", BOOT_LIMIT)
-                yield found
-    except MissingError as error:
-        require(False, str(error))
 
 
 @pytest.mark.parametrize("ram", ["private", "memfd"])

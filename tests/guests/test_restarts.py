@@ -8,17 +8,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
-from guests.kernels import MissingError
-from guests.living import Living, boot_words, qemu, wait_until
-from guests.machine import RunningGuest
-from guests.monitor import Serial
+from guests.booted import booted
+from guests.living import wait_until
 from guests.opened import Copy
 from guests.truth import secret_text
 from mounting import mounted
-from support import applies, require
+from support import applies
 
 from engine.errors import FaultError, NotRecognisedError, ProcessExitedError, TargetGoneError
 from engine.oslayer import KernelLog, Symbols
@@ -31,37 +28,12 @@ PAGE = 4096
 WHILE_RESTARTING = (errno.ENXIO, errno.ENOENT, errno.ESRCH, errno.EIO, errno.ENODEV)
 
 
-class Restarting(RunningGuest):
-    """A guest that boots anew when it is reset; its memory is read by QEMU itself."""
-
-    def __init__(self, living: Living) -> None:
-        self.living = living
-        self.serial = Serial(living.folder / "serial")
-
-    def read_physical(self, address: int, size: int) -> bytes:
-        return self.living.saved(address, size)
-
-
-@contextlib.contextmanager
-def booted(ram: str) -> Iterator[Restarting]:
-    try:
-        words, put = boot_words()
-        words = [word for word in words if word != "-no-reboot"]
-        words += ["-cpu", "max,la57=off", "-serial", "unix:{folder}/serial,server=on,wait=off"]
-        with qemu(ram, size=512, more=words, prepare=put) as living:
-            found = Restarting(living)
-            with contextlib.closing(found.serial):
-                yield found
-    except MissingError as error:
-        require(False, str(error))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ram", ["private", "memfd"])
 def test_after_a_restart_the_mount_shows_the_processes_of_the_new_kernel(ram, request):
     wanted = ram != "memfd" or request.config.getoption("--all-guests")
     applies(wanted, "test_truth.py restarts one that has its RAM there: --all-guests restarts it here too")
-    with booted(ram) as guest:
+    with booted(ram, reboots=True) as guest:
         old = guest.fetch_truth()
         with mounted("-c", f"qemu:{guest.living.name}", "-o", "linux", limit=240) as mount:
             system = mount.folder / "os/linux"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bare_qemu import PLACE, RAM, BareMachine, bare_machine
-from scripted_stub import MEMORY, Scripted, plain, scripted
+from scripted_stub import MEMORY, Scripted, opened, plain, scripted
 
 from engine.connectors.gdb import GdbConnector
 from engine.connectors.gdb.documents import parsed
@@ -39,15 +38,6 @@ SHADOWED = 256 << 10
 def machine() -> Iterator[BareMachine]:
     with bare_machine() as found:
         yield found
-
-
-@contextlib.contextmanager
-def opened(target: str, *, writable: bool = False, **options: str) -> Iterator[GdbConnector]:
-    connector = GdbConnector.open(target, options, parent=None, writable=writable)
-    try:
-        yield connector
-    finally:
-        connector.close()
 
 
 def test_reads_the_machines_memory(machine: BareMachine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bare_qemu import PLACE, BareMachine, bare_machine
-from scripted_stub import MEMORY, Script, Scripted, plain, scripted
+from scripted_stub import MEMORY, Script, Scripted, opened, plain, scripted
 
 from engine.connectors.gdb import GdbConnector, guardian
 from engine.connectors.gdb.wire import framed
@@ -29,15 +28,6 @@ LIMIT = 20.0
 def _script(tmp_path: Path) -> Iterator[Scripted]:
     with scripted(tmp_path) as make:
         yield make
-
-
-@contextlib.contextmanager
-def opened(target: str, *, writable: bool = False, **options: str) -> Iterator[GdbConnector]:
-    connector = GdbConnector.open(target, options, parent=None, writable=writable)
-    try:
-        yield connector
-    finally:
-        connector.close()
 
 
 def reads_right(stub: Script, **options: str) -> bool:
