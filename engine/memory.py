@@ -376,28 +376,47 @@ class Memory(ABC):
         return MemoryWindow(self, start, size)
 
 
-class MemoryWindow(Memory):
-    """A part of another memory, addressed from 0."""
+class MemoryOver(Memory):
+    """A memory over one other, `memory`: what it does not say itself is as there."""
 
-    def __init__(self, memory: Memory, start: int, size: int) -> None:
-        if start < 0 or size < 0 or start + size > ADDRESS_SPACE:
-            raise InvalidArgumentError(f"a window of {size} bytes cannot start at {start:#x}")
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.start = start
-        self._size = size
-        self._handed: tuple[Pieces, Pieces] | None = None
-        self.page_size = memory.page_size if start % memory.page_size == 0 else 1
+        self.page_size = memory.page_size
         self.writable = memory.writable
 
     @property
     def size(self) -> int:
-        """Bytes of the window."""
-        return self._size
+        """As of the memory below."""
+        return self.memory.size
 
     @property
     def may_block(self) -> bool:
         """As the memory below."""
         return self.memory.may_block
+
+    @property
+    def words_are_cheap(self) -> bool:
+        """As of the memory below."""
+        return self.memory.words_are_cheap
+
+
+class MemoryWindow(MemoryOver):
+    """A part of another memory, addressed from 0."""
+
+    def __init__(self, memory: Memory, start: int, size: int) -> None:
+        if start < 0 or size < 0 or start + size > ADDRESS_SPACE:
+            raise InvalidArgumentError(f"a window of {size} bytes cannot start at {start:#x}")
+        super().__init__(memory)
+        self.start = start
+        self._size = size
+        self._handed: tuple[Pieces, Pieces] | None = None
+        if start % memory.page_size:
+            self.page_size = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of the window."""
+        return self._size
 
     def _clip(self, address: int, size: int) -> int:
         """How many of `size` bytes lie inside; raises FaultError where the first does not."""
@@ -478,11 +497,6 @@ class MemoryWindow(Memory):
         if address < 0 or address + size > self._size:
             return None
         return self.memory.borrow(self.start + address, size)
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the memory below."""
-        return self.memory.words_are_cheap
 
     def pieces(self) -> Pieces | None:
         """See `Memory.pieces`."""

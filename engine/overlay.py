@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from engine.errors import FaultError
-from engine.memory import Addresses, Data, Faults, Memory, Pieces, Rows
+from engine.memory import Addresses, Data, Faults, Memory, MemoryOver, Pieces, Rows
 from engine.types import Extent
 
 PAGE = 4096
@@ -22,13 +22,12 @@ PAGES_MOST = 1 << 16
 """Pages that may be written to: 256 MiB."""
 
 
-class OverlayMemory(Memory):
+class OverlayMemory(MemoryOver):
     """A memory with pages of its own over those of another."""
 
-    writable = True
-
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+        super().__init__(memory)
+        self.writable = True
         self.page_size = min(memory.page_size, PAGE)
         self._pages: dict[int, bytearray] = {}
         self._numbers: list[int] = []
@@ -38,21 +37,6 @@ class OverlayMemory(Memory):
     def written(self) -> int:
         """How many pages were written to."""
         return len(self._numbers)
-
-    @property
-    def size(self) -> int:
-        """As the memory below."""
-        return self.memory.size
-
-    @property
-    def may_block(self) -> bool:
-        """As the memory below."""
-        return self.memory.may_block
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As the memory below."""
-        return self.memory.words_are_cheap
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
         """See `Memory.extents`: those of the memory below, and the pages that were written to."""

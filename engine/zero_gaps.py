@@ -8,21 +8,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engine.errors import FaultError
-from engine.memory import Addresses, Data, Faults, Memory, Rows
+from engine.memory import Addresses, Data, Faults, Memory, MemoryOver, Rows
 from engine.types import Extent
 
 
-class ZeroGaps(Memory):
+class ZeroGaps(MemoryOver):
     """`memory`, and zeros in `gaps`, which are ascending, disjoint, not empty, and where it has nothing."""
 
     def __init__(self, memory: Memory, gaps: Sequence[Extent]) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self._starts = [gap.start for gap in gaps]
         self._stops = [gap.stop for gap in gaps]
         self._start_column = np.array(self._starts, np.uint64)
         self._stop_column = np.array(self._stops, np.uint64)
-        self.writable = memory.writable
-        self.page_size = memory.page_size
         for gap in gaps:
             odd = gap.start | gap.size
             self.page_size = min(self.page_size, odd & -odd)
@@ -31,11 +29,6 @@ class ZeroGaps(Memory):
     def size(self) -> int:
         """As the memory below, or up to the last gap."""
         return max(self.memory.size, self._stops[-1] if self._stops else 0)
-
-    @property
-    def may_block(self) -> bool:
-        """As the memory below."""
-        return self.memory.may_block
 
     def _zeros_from(self, address: int) -> int:
         """How many zeros are known to stand from `address` on."""
@@ -116,11 +109,6 @@ class ZeroGaps(Memory):
     def borrow(self, address: int, size: int) -> memoryview | None:
         """See `Memory.borrow`."""
         return self.memory.borrow(address, size)
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the memory below."""
-        return self.memory.words_are_cheap
 
     def u64(self, address: int) -> int:
         """See `Memory.u64`."""

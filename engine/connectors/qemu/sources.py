@@ -15,7 +15,7 @@ import numpy as np
 from engine.connectors.qemu.presence import Presence
 from engine.errors import EngineError, FaultError, FaultKind
 from engine.floors import Deep, Through
-from engine.memory import COLUMN_THRESHOLD, Addresses, Data, Faults, Memory, Pieces, Rows, fault
+from engine.memory import COLUMN_THRESHOLD, Addresses, Data, Faults, Memory, MemoryOver, Pieces, Rows, fault
 from engine.types import Extent, Shortcut
 
 BELIEVED = 0.05
@@ -26,32 +26,15 @@ BLOCK = 4 << 20
 """Bytes that are gathered page by page at a time."""
 
 
-class RamMemory(Memory):
+class RamMemory(MemoryOver):
     """Physical memory of a guest. Raises TargetGoneError once its QEMU has ended."""
 
     def __init__(self, memory: Memory, presence: Presence, look: Callable[[], None] | None = None) -> None:
         """`look` is called after each read; by default it is `Presence.check`."""
-        self.memory = memory
+        super().__init__(memory)
         self.presence = presence
         self._look = presence.check if look is None else look
         self._looks_each_time = self._look == presence.check
-        self.page_size = memory.page_size
-        self.writable = memory.writable
-
-    @property
-    def size(self) -> int:
-        """First physical address behind all RAM."""
-        return self.memory.size
-
-    @property
-    def may_block(self) -> bool:
-        """As the memory below."""
-        return self.memory.may_block
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the memory below."""
-        return self.memory.words_are_cheap
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
@@ -166,7 +149,7 @@ class RamMemory(Memory):
         return type(self)(self.memory.cached(), self.presence, seldom)
 
 
-class UntouchedRam(Memory):
+class UntouchedRam(MemoryOver):
     """Private memory of a process that is seen through its page tables: zeros where it has no page yet.
 
     Pages in swap, and page tables that cannot be read, fault as they do below. `extents` of what is asked lie within
@@ -174,25 +157,8 @@ class UntouchedRam(Memory):
     """
 
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self._deep = memory if isinstance(memory, Deep) else None
-        self.page_size = memory.page_size
-        self.writable = memory.writable
-
-    @property
-    def size(self) -> int:
-        """As of the memory below."""
-        return self.memory.size
-
-    @property
-    def may_block(self) -> bool:
-        """As the memory below."""
-        return self.memory.may_block
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the memory below."""
-        return self.memory.words_are_cheap
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""

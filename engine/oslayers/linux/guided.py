@@ -22,7 +22,7 @@ import numpy.typing as npt
 from engine.errors import EngineError, FaultError, InvalidArgumentError
 from engine.formats.search import chunks
 from engine.formats.vmcoreinfo import Vmcoreinfo, vmcoreinfo_at
-from engine.memory import Addresses, Faults, Memory, Rows
+from engine.memory import Addresses, Faults, Memory, MemoryOver, Rows
 from engine.oslayers.linux.architectures import SPLITS, TOP, Candidate, image_region
 from engine.oslayers.linux.finding import IMAGE_HOLE, IMAGE_LIMIT, Found
 from engine.records import dataclass
@@ -301,28 +301,13 @@ def _pointers(image: Image, data: bytearray, size: int) -> npt.NDArray[np.uint64
     return np.unique(found).astype(np.uint64)
 
 
-class PartOfMemory(Memory):
+class PartOfMemory(MemoryOver):
     """A memory of which only some parts are looked through: reads pass, but it holds data in these extents alone."""
 
     def __init__(self, memory: Memory, parts: Sequence[Extent]) -> None:
-        self.page_size = memory.page_size
-        self._memory = memory
+        super().__init__(memory)
+        self.writable = False
         self._parts = sorted(parts)
-
-    @property
-    def size(self) -> int:
-        """As the whole."""
-        return self._memory.size
-
-    @property
-    def may_block(self) -> bool:
-        """As the whole."""
-        return self._memory.may_block
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the whole."""
-        return self._memory.words_are_cheap
 
     def extents(self, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
         """What holds data of the parts."""
@@ -330,12 +315,12 @@ class PartOfMemory(Memory):
         for part in self._parts:
             low, high = max(start, part.start), min(stop, part.stop)
             if low < high:
-                yield from self._memory.extents(low, high)
+                yield from self.memory.extents(low, high)
 
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
-        self._memory.readinto(address, buffer)
+        self.memory.readinto(address, buffer)
 
     def gather(self, addresses: Addresses, out: Rows) -> Faults:
         """See `Memory.gather`."""
-        return self._memory.gather(addresses, out)
+        return self.memory.gather(addresses, out)

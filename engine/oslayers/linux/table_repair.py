@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import FaultError, FaultKind, UnsupportedError
-from engine.memory import Addresses, Faults, Memory, Rows
+from engine.memory import Addresses, Faults, Memory, MemoryOver, Rows
 from engine.oslayers.linux.linear_maps import PAGE, LinearMap, Ram
 from engine.records import dataclass
 from engine.translate.batch import TableReader
@@ -43,11 +43,13 @@ _ALIGNED = 1 << 21
 Mask = npt.NDArray[np.bool_]
 
 
-class PatchedTables(Memory):
+class PatchedTables(MemoryOver):
     """Physical memory for whoever walks page tables in it, some pages of which are replaced, or added behind it."""
 
     def __init__(self, memory: Memory, pages: dict[int, bytes]) -> None:
-        self._memory = memory
+        super().__init__(memory)
+        self.page_size = PAGE
+        self.writable = False
         self._pages = pages
         self._size = max([memory.size, *(start + PAGE for start in pages)])
         self._starts = np.array(sorted(pages), np.uint64)
@@ -57,16 +59,6 @@ class PatchedTables(Memory):
         """See `Memory.size`."""
         return self._size
 
-    @property
-    def may_block(self) -> bool:
-        """As the memory below."""
-        return self._memory.may_block
-
-    @property
-    def words_are_cheap(self) -> bool:
-        """As of the memory below."""
-        return self._memory.words_are_cheap
-
     def readinto(self, address: int, buffer: memoryview) -> None:
         """See `Memory.readinto`."""
         done = 0
@@ -75,7 +67,7 @@ class PatchedTables(Memory):
             step = min(len(buffer) - done, PAGE - at % PAGE)
             page = self._pages.get(at & -PAGE)
             if page is None:
-                self._memory.readinto(at, buffer[done : done + step])
+                self.memory.readinto(at, buffer[done : done + step])
             else:
                 buffer[done : done + step] = page[at % PAGE : at % PAGE + step]
             done += step
@@ -89,12 +81,12 @@ class PatchedTables(Memory):
         if ours.all():
             return super().gather(addresses, out)
         if not ours.any():
-            return self._memory.gather(addresses, out)
+            return self.memory.gather(addresses, out)
         found: list[tuple[int, int, int]] = []
         for mine in (True, False):
             rows = np.flatnonzero(ours == mine)
             part = np.empty((len(rows), out.shape[1]), np.uint8)
-            faults = super().gather(addresses[rows], part) if mine else self._memory.gather(addresses[rows], part)
+            faults = super().gather(addresses[rows], part) if mine else self.memory.gather(addresses[rows], part)
             out[rows] = part
             triples = zip(rows[faults.rows].tolist(), faults.addresses.tolist(), faults.kinds.tolist(), strict=True)
             found += triples
